@@ -1,0 +1,15 @@
+"""Trace a GPT-2 checkpoint with past-key-value inputs to an ONNX graph, check it, and seal it as a model folder."""
+
+if __name__ != "gpt2_edge.export":
+    raise ImportError(f"this package is imported as gpt2_edge.export, not as {__name__}: run pip install .")
+
+from pathlib import Path
+
+__all__ = ["export_checkpoint"]
+
+
+def export_checkpoint(checkpoint: str | Path, destination: str | Path) -> None:
+    """Export a Hugging Face GPT-2 checkpoint to an fp32 model folder; see `gpt2_edge.export.pipeline`."""
+    from gpt2_edge.export.pipeline import export_checkpoint as run
+
+    run(Path(checkpoint), Path(destination))

@@ -1,0 +1,160 @@
+"""The gate at the end of an export: the graph against the checkpoint, over several shapes."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from gpt2_edge.errors import ParityError
+from gpt2_edge.export.config import CheckpointConfig
+from gpt2_edge.export.reference import reference_logits
+from gpt2_edge.export.weights import Weights
+from gpt2_edge.graph_names import key_value_names
+from gpt2_edge.onnxruntime_import import onnxruntime
+
+_ABSOLUTE_TOLERANCE: Final = 1e-4
+_RELATIVE_TOLERANCE: Final = 1e-5  # of the largest logit: large models have logits of over 100
+_SEED: Final = 2019
+
+FloatArray = npt.NDArray[np.float32]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One run of the graph: for each row how many tokens are in the cache and how many are new.
+
+    Several new tokens in several rows need an empty cache: that is a limit of the attention kernel.
+    """
+
+    past: tuple[int, ...]
+    new: tuple[int, ...]
+
+
+CASES: Final = (
+    Case(past=(0,), new=(1,)),
+    Case(past=(0,), new=(7,)),
+    Case(past=(5,), new=(3,)),
+    Case(past=(8,), new=(1,)),
+    Case(past=(0, 0, 0), new=(5, 3, 1)),
+    Case(past=(5, 3, 1), new=(1, 1, 1)),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Parity:
+    """What the gate measured.
+
+    Attributes:
+        cases: How many runs were compared.
+        largest_difference: Largest absolute difference of any logit.
+        tolerance: What was allowed.
+    """
+
+    cases: int
+    largest_difference: float
+    tolerance: float
+
+
+def check_parity(
+    graph_path: Path,
+    weights: Weights,
+    config: CheckpointConfig,
+    on_case: Callable[[], object] = lambda: None,
+) -> Parity:
+    """Compare the logits of a graph with those of the checkpoint in plain torch.
+
+    Args:
+        graph_path: The exported graph.
+        weights: The checkpoint's weights.
+        config: Its config.
+        on_case: Called after each case.
+
+    Raises:
+        ParityError: They differ by more than 1e-4, or 1e-5 of the largest logit if that is more.
+    """
+    graph = _Graph(graph_path, config)
+    random = np.random.default_rng(_SEED)
+    largest_difference, tolerance, compared = 0.0, _ABSOLUTE_TOLERANCE, 0
+    for case in CASES:
+        if max(map(sum, zip(case.past, case.new, strict=True))) > config.n_positions:
+            continue
+        rows = [
+            random.integers(0, config.vocab_size, past + new) for past, new in zip(case.past, case.new, strict=True)
+        ]
+        expected = np.concatenate(
+            [
+                reference_logits(weights, config, torch.from_numpy(row))[past:].numpy()
+                for row, past in zip(rows, case.past, strict=True)
+            ]
+        )
+        difference = float(np.abs(graph.logits(rows, case) - expected).max())
+        tolerance = max(tolerance, _RELATIVE_TOLERANCE * float(np.abs(expected).max()))
+        largest_difference = max(largest_difference, difference)
+        compared += 1
+        # Written so that NaN fails as well.
+        if not difference <= tolerance:
+            raise ParityError(
+                f"the exported graph differs from the checkpoint by {difference:.2g} in a logit, allowed is "
+                f"{tolerance:.2g} (past {case.past}, new {case.new}): no folder was written; "
+                "please report this checkpoint's config.json"
+            )
+        on_case()
+    return Parity(compared, largest_difference, tolerance)
+
+
+class _Graph:
+    def __init__(self, path: Path, config: CheckpointConfig) -> None:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._config = config
+        self._past_names, self._present_names = key_value_names(config.n_layer)
+
+    def logits(self, rows: list[IntArray], case: Case) -> FloatArray:
+        """Return the logits after each row's new tokens, row after row, shape [sum of new, vocabulary]."""
+        caches = [self._cache_after(row[:past]) for row, past in zip(rows, case.past, strict=True)]
+        cache = {name: np.concatenate([row[name] for row in caches]) for name in self._past_names}
+        longest = max(case.new)
+        input_ids = np.zeros((len(rows), longest), np.int64)  # shorter rows are padded on the right
+        position_ids = np.zeros((len(rows), longest), np.int64)
+        wanted: list[int] = []
+        for index, (row, past, new) in enumerate(zip(rows, case.past, case.new, strict=True)):
+            input_ids[index, :new] = row[past:]
+            position_ids[index, :new] = np.arange(past, past + new)
+            wanted += range(index * longest, index * longest + new)
+        logits: FloatArray = self._run(input_ids, position_ids, np.add(case.past, case.new), wanted, cache)[0]
+        return logits
+
+    def _cache_after(self, tokens: IntArray) -> dict[str, FloatArray]:
+        shape = (1, self._config.n_head, self._config.n_positions, self._config.padded_head_size)
+        cache = {name: np.zeros(shape, np.float32) for name in self._past_names}
+        if tokens.size:
+            positions = np.arange(tokens.size)[np.newaxis]
+            present = self._run(tokens[np.newaxis], positions, np.array([tokens.size]), [], cache)[1:]
+            cache = dict(zip(self._past_names, present, strict=True))
+        return cache
+
+    def _run(
+        self,
+        input_ids: IntArray,
+        position_ids: IntArray,
+        valid_lengths: IntArray,
+        logit_positions: list[int],
+        cache: Mapping[str, FloatArray],
+    ) -> Any:
+        return self._session.run(
+            ["logits", *self._present_names],
+            {
+                "input_ids": input_ids,
+                "position_ids": position_ids,
+                "seqlens_k": (valid_lengths - 1).astype(np.int32),
+                "total_sequence_length": np.array(valid_lengths.max(), np.int32),
+                "logit_positions": np.array(logit_positions, np.int64),
+                **cache,
+            },
+        )

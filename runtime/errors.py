@@ -1,0 +1,73 @@
+"""Every error that gpt2-edge raises on purpose.
+
+Gpt2EdgeError
+├── OptionError                an option of a call has a value that is not allowed
+├── PromptError                a prompt or text cannot be used
+│   └── ContextLengthError     it has more tokens than the model's context
+├── ModelFolderError           a model folder is missing, damaged or not made for this version
+├── CheckpointError            a checkpoint cannot be read or cannot be exported exactly
+├── ParityError                an exported graph does not compute what the checkpoint computes
+├── QuantizationError          a model folder cannot be quantized as asked
+├── LogitsError                the model produced NaN or nothing that can be chosen
+├── ModelClosedError           a model was used after `close()`
+└── MissingDependencyError     a package that only some commands need is not installed
+
+Messages say what was given, what is allowed and what to do.
+"""
+
+
+class Gpt2EdgeError(Exception):
+    """Base of every error that gpt2-edge raises on purpose."""
+
+
+class OptionError(Gpt2EdgeError, ValueError):
+    """An option of a call has a value that is not allowed."""
+
+
+class PromptError(Gpt2EdgeError, ValueError):
+    """A prompt or a text to score cannot be used."""
+
+
+class ContextLengthError(PromptError):
+    """A prompt has more tokens than the model's context.
+
+    Attributes:
+        tokens: How many tokens were given.
+        context_length: How many the model can hold.
+    """
+
+    def __init__(self, tokens: int, context_length: int) -> None:
+        super().__init__(
+            f"the prompt has {tokens} tokens, the model's context holds {context_length}: "
+            f"shorten the prompt by at least {tokens - context_length} tokens"
+        )
+        self.tokens = tokens
+        self.context_length = context_length
+
+
+class ModelFolderError(Gpt2EdgeError):
+    """A model folder is missing, damaged, or not made for this version."""
+
+
+class CheckpointError(Gpt2EdgeError):
+    """A checkpoint cannot be read, or cannot be exported exactly."""
+
+
+class ParityError(Gpt2EdgeError):
+    """An exported graph does not compute what the checkpoint computes."""
+
+
+class QuantizationError(Gpt2EdgeError):
+    """A model folder cannot be quantized as asked."""
+
+
+class LogitsError(Gpt2EdgeError):
+    """The model produced logits from which no token can be chosen."""
+
+
+class ModelClosedError(Gpt2EdgeError):
+    """A model was used after it was closed."""
+
+
+class MissingDependencyError(Gpt2EdgeError, ImportError):
+    """A package that this part of gpt2-edge needs is not installed."""

@@ -1,0 +1,47 @@
+"""The keys and values of all tokens so far, for a few sequences side by side."""
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2_edge.manifest import Architecture
+from gpt2_edge.onnxruntime_import import onnxruntime
+
+KeyValueViews = list[onnxruntime.OrtValue]  # key and value of layer 0, key and value of layer 1, ...
+
+
+class KVCache:
+    """One buffer for each layer's keys and one for its values, shape [slots, heads, context_length, head_size].
+
+    A slot holds one sequence. It is contiguous, so any run of slots can be bound as a batch without a copy. The
+    memory comes zeroed from the operating system, which provides a page when it is first written: a slot takes
+    memory for the tokens that are in it, not for the context.
+
+    Args:
+        architecture: The shape of the model.
+        slots: How many sequences fit.
+    """
+
+    def __init__(self, architecture: Architecture, slots: int) -> None:
+        shape = (slots, architecture.heads, architecture.context_length, architecture.head_size)
+        self.slots = slots
+        self._buffers: list[npt.NDArray[np.float32]] = [
+            np.zeros(shape, np.float32) for _ in range(2 * architecture.layers)
+        ]
+
+    def views(self, first_slot: int, slots: int) -> KeyValueViews:
+        """Return ONNX Runtime values over the memory of some consecutive slots."""
+        return [
+            onnxruntime.OrtValue.ortvalue_from_numpy(buffer[first_slot : first_slot + slots])
+            for buffer in self._buffers
+        ]
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of a slot to another."""
+        for buffer in self._buffers:
+            buffer[target, :, :length] = buffer[source, :, :length]
+
+    def copy_from(self, other: "KVCache", lengths: dict[int, int]) -> None:
+        """Copy slots of another cache, each up to its number of tokens, to the same slots of this one."""
+        for buffer, source in zip(self._buffers, other._buffers, strict=True):
+            for slot, length in lengths.items():
+                buffer[slot, :, :length] = source[slot, :, :length]

@@ -1,0 +1,165 @@
+"""Write a folder so that it appears whole or not at all.
+
+Everything is written to a temporary folder beside the final one, on the same file system, flushed to the disk, and
+renamed when it is complete. A process that is killed leaves only a temporary folder, whose name says what it is and
+that the next run to the same place removes.
+"""
+
+import errno
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from gpt2_edge.errors import ModelFolderError
+from gpt2_edge.folder import file_sha256
+from gpt2_edge.manifest import MANIFEST_NAME, FileEntry, Manifest
+
+_WINDOWS: Final = sys.platform == "win32"
+if not _WINDOWS:
+    import fcntl
+
+_WINDOWS_ABANDONED_AFTER_SECONDS: Final = 24 * 3600
+_WINDOWS_RENAME_ATTEMPTS: Final = 20
+
+
+@contextmanager
+def new_folder(destination: Path) -> Iterator[Path]:
+    """Give a temporary folder to fill; rename it to `destination` when the block ends without an error.
+
+    Args:
+        destination: Must not exist, except as an empty folder.
+
+    Yields:
+        The temporary folder.
+
+    Raises:
+        ModelFolderError: The destination exists, cannot be written, or the disk is full.
+    """
+    check_destination(destination)
+    try:
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(destination)
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(destination), dir=destination.parent))
+    except OSError as error:
+        raise _cannot_write(destination, error) from error
+    try:
+        with _held(temporary):
+            yield temporary
+            for file in temporary.iterdir():
+                _flush(file)
+            temporary.chmod(0o755)  # mkdtemp makes it private
+            _flush(temporary)
+            _rename(temporary, destination)
+            _flush(destination.parent)
+    except OSError as error:
+        raise _cannot_write(destination, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # nothing is there any more if it was renamed
+
+
+def check_destination(destination: Path) -> None:
+    """Refuse a destination that exists, before long work starts.
+
+    Raises:
+        ModelFolderError: It exists and is not an empty folder.
+    """
+    if destination.is_dir() and not any(destination.iterdir()):
+        return
+    if destination.exists() or destination.is_symlink():
+        raise ModelFolderError(f"{destination} already exists: remove it or choose another output folder")
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
+    """Write `manifest.json` for the files that lie in `folder`, with their sizes and hashes.
+
+    Returns:
+        The manifest with its list of files.
+    """
+    files = tuple(
+        FileEntry(file.name, file.stat().st_size, file_sha256(file))
+        for file in sorted(folder.iterdir())
+        if file.name != MANIFEST_NAME
+    )
+    manifest = replace(manifest, files=files)
+    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8", newline="\n")
+    return manifest
+
+
+def _temporary_prefix(destination: Path) -> str:
+    return f".{destination.name}.making-"
+
+
+def _cannot_write(destination: Path, error: OSError) -> ModelFolderError:
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+        return ModelFolderError(f"{destination} was made by another process meanwhile: nothing was changed")
+    hint = ": free some space and run it again" if error.errno == errno.ENOSPC else ""
+    return ModelFolderError(f"cannot write {destination}: {error.strerror or error}{hint}")
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold a lock on a folder for as long as this process lives; Windows has no locks on folders."""
+    if _WINDOWS:
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _remove_abandoned(destination: Path) -> None:
+    """Remove what runs that were killed left behind, and nothing that a living run is still filling."""
+    for leftover in destination.parent.glob(f"{_temporary_prefix(destination)}*"):
+        if _is_abandoned(leftover):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _is_abandoned(folder: Path) -> bool:
+    if _WINDOWS:
+        return time.time() - folder.stat().st_mtime > _WINDOWS_ABANDONED_AFTER_SECONDS
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def _flush(path: Path) -> None:
+    """Force a file or a folder to the disk; Windows cannot flush folders."""
+    if _WINDOWS and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _rename(temporary: Path, destination: Path) -> None:
+    if not _WINDOWS:
+        temporary.rename(destination)  # replaces an empty folder and refuses any other
+        return
+    if destination.is_dir():
+        destination.rmdir()
+    for attempt in range(_WINDOWS_RENAME_ATTEMPTS):
+        try:
+            temporary.rename(destination)
+        except PermissionError:  # a virus scanner may hold a new file open for a moment
+            if attempt == _WINDOWS_RENAME_ATTEMPTS - 1:
+                raise
+            time.sleep(0.1)
+        else:
+            return

@@ -1,0 +1,251 @@
+"""One ONNX Runtime session over a fused graph: token ids in, logits out, keys and values updated in place.
+
+Knows the graph's inputs and outputs, threads and bindings; knows nothing about text, sampling or who asks.
+"""
+
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2_edge.errors import ModelFolderError
+from gpt2_edge.folder import ModelFolder
+from gpt2_edge.graph_names import key_value_names
+from gpt2_edge.kv_cache import KVCache
+from gpt2_edge.onnxruntime_import import onnxruntime
+
+Logits = npt.NDArray[np.float32]
+
+_FLASH_ATTENTION_VARIABLE: Final = "ORT_GQA_DISABLE_FLASH_ATTENTION"
+_environment_lock = threading.Lock()
+
+
+class StepSession:
+    """Runs prefill and decode steps over a KV cache with slots.
+
+    Not thread-safe: one step at a time.
+
+    Args:
+        folder: An opened model folder.
+        threads: Threads that compute a step, the calling one among them.
+
+    Raises:
+        ModelFolderError: ONNX Runtime cannot load the graph, or it is not a graph that this class drives.
+    """
+
+    def __init__(self, folder: ModelFolder, threads: int) -> None:
+        _check_onnxruntime_version(folder)
+        self.architecture = folder.manifest.architecture
+        self.threads = threads
+        self._session = _create_session(folder, threads)
+        _check_signature(folder, self._session)
+        self._key_value_inputs, self._key_value_outputs = key_value_names(self.architecture.layers)
+        self._cache = KVCache(self.architecture, slots=1)
+        self._decode_steps: dict[int, _DecodeStep] = {}
+        self._prefill_bindings: dict[int, Any] = {}
+
+    def reserve_slots(self, slots: int, lengths: dict[int, int]) -> None:
+        """Make room for at least this many sequences.
+
+        Args:
+            slots: How many are needed.
+            lengths: The slots in use and how many tokens each holds, which are kept.
+        """
+        if slots > self._cache.slots:
+            self._replace_cache(max(slots, 2 * self._cache.slots), lengths)
+
+    def release_spare_slots(self) -> None:
+        """Give the memory of all slots but one back; what they held is lost."""
+        if self._cache.slots > 1:
+            self._replace_cache(1, {})
+
+    def prefill(self, slot: int, tokens: Sequence[int], start: int, logit_positions: npt.NDArray[np.int64]) -> Logits:
+        """Compute some consecutive tokens of one sequence.
+
+        Args:
+            slot: Where the sequence lives; its first `start` tokens must have been computed.
+            tokens: Token ids, at positions `start`, `start + 1`, ...
+            start: Number of tokens before them.
+            logit_positions: Indices into `tokens` after which logits are wanted; may be empty.
+
+        Returns:
+            Logits, shape [len(logit_positions), vocabulary].
+        """
+        count = len(tokens)
+        logits = np.empty((logit_positions.size, self.architecture.vocabulary_size), np.float32)
+        binding = self._prefill_bindings.get(slot)
+        if binding is None:
+            binding = self._prefill_bindings[slot] = self._bind_cache(slot, 1)
+        inputs = {
+            "input_ids": np.array(tokens, np.int64)[np.newaxis],
+            "position_ids": np.arange(start, start + count, dtype=np.int64)[np.newaxis],
+            "seqlens_k": np.array([start + count - 1], np.int32),
+            "total_sequence_length": np.array(start + count, np.int32),
+            "logit_positions": logit_positions,
+        }
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+        binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
+        self._session.run_with_iobinding(binding)
+        return logits
+
+    def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
+        """Compute one more token for each of the first slots.
+
+        Args:
+            tokens: One token id for slot 0, slot 1, ...
+            lengths: How many tokens each slot holds already.
+
+        Returns:
+            Logits, shape [len(tokens), vocabulary], valid until the next step.
+        """
+        step = self._decode_steps.get(len(tokens))
+        if step is None:
+            step = self._decode_steps[len(tokens)] = _DecodeStep(
+                self._bind_cache(0, len(tokens)), len(tokens), self.architecture.vocabulary_size
+            )
+        step.write(tokens, lengths)
+        self._session.run_with_iobinding(step.binding)
+        return step.logits
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of a slot to another."""
+        self._cache.move(source, target, length)
+
+    def _replace_cache(self, slots: int, lengths: dict[int, int]) -> None:
+        cache = KVCache(self.architecture, slots)
+        cache.copy_from(self._cache, lengths)
+        self._decode_steps.clear()
+        self._prefill_bindings.clear()
+        self._cache = cache
+
+    def _bind_cache(self, first_slot: int, slots: int) -> Any:
+        """Bind the same memory as past and as present, which makes the attention kernel update it in place."""
+        binding = self._session.io_binding()
+        views = self._cache.views(first_slot, slots)
+        for name, value in zip(self._key_value_inputs, views, strict=True):
+            binding.bind_ortvalue_input(name, value)
+        for name, value in zip(self._key_value_outputs, views, strict=True):
+            binding.bind_ortvalue_output(name, value)
+        return binding
+
+
+class _DecodeStep:
+    """A binding for one number of rows, made once; a step writes a few numbers into its arrays."""
+
+    def __init__(self, binding: Any, rows: int, vocabulary_size: int) -> None:
+        self.binding = binding
+        self.logits = np.empty((rows, vocabulary_size), np.float32)
+        self._input_ids = np.zeros((rows, 1), np.int64)
+        self._position_ids = np.zeros((rows, 1), np.int64)
+        self._seqlens_k = np.zeros(rows, np.int32)
+        self._total_sequence_length = np.zeros((), np.int32)
+        inputs = {
+            "input_ids": self._input_ids,
+            "position_ids": self._position_ids,
+            "seqlens_k": self._seqlens_k,
+            "total_sequence_length": self._total_sequence_length,
+            "logit_positions": np.arange(rows, dtype=np.int64),
+        }
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+        binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(self.logits))
+
+    def write(self, tokens: Sequence[int], lengths: Sequence[int]) -> None:
+        self._input_ids[:, 0] = tokens
+        self._position_ids[:, 0] = lengths
+        self._seqlens_k[:] = lengths  # the valid length after this step, minus 1
+        self._total_sequence_length[...] = max(lengths) + 1
+
+
+def _create_session(folder: ModelFolder, threads: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only: an app's standard error is not ours to fill
+    try:
+        with _without_flash_attention():
+            return onnxruntime.InferenceSession(
+                str(folder.graph_path),
+                options,
+                providers=["CPUExecutionProvider"],
+                # The fused kernel is several times slower on CPUs than the two operators it replaces.
+                disabled_optimizers=["SkipLayerNormFusion"],
+            )
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelFolderError(f"ONNX Runtime cannot load {folder.graph_path}: {reason}") from error
+
+
+@contextmanager
+def _without_flash_attention() -> Iterator[None]:
+    """Make the attention kernel of a session that is created now take its plain path, which prefills faster.
+
+    The kernel reads the variable when the session is created. It is set for that moment only, because it would
+    change the sessions of the host application too.
+    """
+    with _environment_lock:
+        before = os.environ.get(_FLASH_ATTENTION_VARIABLE)
+        os.environ[_FLASH_ATTENTION_VARIABLE] = "1"
+        try:
+            yield
+        finally:
+            if before is None:
+                del os.environ[_FLASH_ATTENTION_VARIABLE]
+            else:
+                os.environ[_FLASH_ATTENTION_VARIABLE] = before
+
+
+def _check_onnxruntime_version(folder: ModelFolder) -> None:
+    needed, installed = folder.manifest.minimum_onnxruntime, onnxruntime.__version__
+    if _version_numbers(installed) < _version_numbers(needed):
+        raise ModelFolderError(
+            f"{folder.path} needs ONNX Runtime {needed} or newer, {installed} is installed: "
+            "run pip install --upgrade onnxruntime"
+        )
+
+
+def _version_numbers(version: str) -> list[int]:
+    return [int(part) for part in version.split(".") if part.isdigit()]
+
+
+def _check_signature(folder: ModelFolder, session: Any) -> None:
+    """Compare the graph's inputs and outputs, their types and fixed dimensions with what this class binds."""
+    architecture = folder.manifest.architecture
+    past, present = key_value_names(architecture.layers)
+    cache = ("tensor(float)", [None, architecture.heads, None, architecture.head_size])
+    inputs = {
+        "input_ids": ("tensor(int64)", [None, None]),
+        "position_ids": ("tensor(int64)", [None, None]),
+        "seqlens_k": ("tensor(int32)", [None]),
+        "total_sequence_length": ("tensor(int32)", []),
+        "logit_positions": ("tensor(int64)", [None]),
+        **dict.fromkeys(past, cache),
+    }
+    outputs = {
+        "logits": ("tensor(float)", [None, architecture.vocabulary_size]),
+        **dict.fromkeys(present, cache),
+    }
+    for kind, expected, found in (
+        ("inputs", inputs, session.get_inputs()),
+        ("outputs", outputs, session.get_outputs()),
+    ):
+        actual = {
+            node.name: (node.type, [size if isinstance(size, int) else None for size in node.shape]) for node in found
+        }
+        problems = [f"{name} is missing" for name in expected if name not in actual]
+        problems += [f"{name} is unknown" for name in actual if name not in expected]
+        problems += [
+            f"{name} is {actual[name]}, expected {signature}"
+            for name, signature in expected.items()
+            if name in actual and actual[name] != signature
+        ]
+        if problems:
+            raise ModelFolderError(
+                f"{folder.graph_path} is not the graph that the manifest describes: its {kind} differ: "
+                f"{'; '.join(problems[:3])}; export the model again"
+            )
