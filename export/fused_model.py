@@ -32,8 +32,7 @@ class FusedGpt2(nn.Module):
         self.wpe = _Table(weights["wpe.weight"])
         self.h = nn.ModuleList(_Block(weights, config, layer) for layer in range(config.n_layer))
         self.ln_f = _LayerNorm(weights, "ln_f", config)
-        head = weights.get("lm_head.weight")
-        self.lm_head = self.wte if head is None else _Table(head)
+        self.lm_head = _Table(weights["lm_head.weight"]) if "lm_head.weight" in weights else None
 
     def forward(
         self,
@@ -64,7 +63,8 @@ class FusedGpt2(nn.Module):
             present += [key, value]
         # [batch, sequence, width] -> [n, width]: the head, a third of the work of a token, runs where it is asked for
         wanted = functional.embedding(logit_positions, hidden.reshape(-1, hidden.shape[-1]))
-        return functional.linear(self.ln_f(wanted), self.lm_head.weight), *present
+        head = self.wte if self.lm_head is None else self.lm_head
+        return functional.linear(self.ln_f(wanted), head.weight), *present
 
 
 class _Table(nn.Module):

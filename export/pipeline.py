@@ -97,4 +97,5 @@ def _architecture(config: CheckpointConfig) -> Architecture:
         context_length=config.n_positions,
         vocabulary_size=config.vocab_size,
         activation=config.activation_function,
+        tied_head=config.tie_word_embeddings,
     )

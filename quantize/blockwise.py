@@ -23,7 +23,7 @@ class BlockwiseMatrix:
     @property
     def block_size(self) -> int:
         """Columns that share a scale."""
-        return self.values.shape[2]
+        return int(self.values.shape[2])
 
     def dequantized(self) -> npt.NDArray[np.float32]:
         """Return the matrix that the integers stand for, shape [rows, columns]."""

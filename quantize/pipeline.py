@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from gpt2_edge.errors import MissingDependencyError, QuantizationError
-from gpt2_edge.folder import TOKENIZER_NAME, ModelFolder, open_folder
+from gpt2_edge.folder import TOKENIZER_NAME, open_folder
 from gpt2_edge.manifest import Manifest
 from gpt2_edge.model import Model, load
 from gpt2_edge.progress import Progress
@@ -55,16 +55,16 @@ def quantize_folder(source: Path, destination: Path, recipe: Recipe) -> Manifest
     if manifest.precision != "fp32":
         raise QuantizationError(f"{source} is {manifest.precision}: give the fp32 folder that it was made from")
     layers = manifest.architecture.layers
-    with Progress("quantize", total=4 * layers + 3) as progress:
+    matrices = 4 * layers + (1 if manifest.architecture.tied_head else 2)  # of the blocks, and embedding and head
+    with Progress("quantize", total=matrices + 2) as progress:
         progress.start(f"rounding the matrices ({recipe.name})")
         model = onnx_ir.load(opened.graph_path)
         quantized_names = quantize_matrices(
             model, recipe, lambda matrix: round_to_nearest(matrix, recipe.block_size), progress.advance
         )
-        expected = 4 * layers + 1 + (0 if _is_tied(opened) else 1)
-        if len(quantized_names) != expected:
+        if len(quantized_names) != matrices:
             raise QuantizationError(
-                f"{len(quantized_names)} matrices were quantized where the model has {expected}: export it again"
+                f"{len(quantized_names)} matrices were quantized where the model has {matrices}: export it again"
             )
         with new_folder(destination) as folder:
             progress.start("writing the graph and the weights")
@@ -108,9 +108,3 @@ def _own_text(model: Model) -> list[int]:
     count = min(_COMPARED_TOKENS, model.context_length) - 1
     text = model.generate([start], max_new_tokens=count, temperature=1.0, seed=_TEXT_SEED, ignore_eos=True)
     return [start, *text.tokens]
-
-
-def _is_tied(folder: ModelFolder) -> bool:
-    """Tell whether embedding and head are one matrix: what the folder's fp32 graph says."""
-    graph = onnx_ir.load(folder.graph_path).graph
-    return "lm_head.weight" not in graph.initializers

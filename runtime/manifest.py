@@ -35,6 +35,7 @@ class Architecture:
         context_length: Positions the model has embeddings for, `n_positions`.
         vocabulary_size: Rows of the token embedding.
         activation: The checkpoint's `activation_function`.
+        tied_head: Whether the head is the token embedding.
     """
 
     layers: int
@@ -45,6 +46,7 @@ class Architecture:
     context_length: int
     vocabulary_size: int
     activation: str
+    tied_head: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ def parse_manifest(text: str) -> Manifest:
             context_length=architecture.integer("context_length", minimum=1),
             vocabulary_size=architecture.integer("vocabulary_size", minimum=1),
             activation=architecture.string("activation"),
+            tied_head=architecture.boolean("tied_head"),
         ),
         flavour=fields.choice("flavour", FLAVOURS),
         precision=fields.choice("precision", PRECISIONS),
@@ -180,6 +183,12 @@ class _Fields:
 
     def optional_integer(self, name: str) -> int | None:
         return None if self._get(name) is None else self.integer(name)
+
+    def boolean(self, name: str) -> bool:
+        value = self._get(name)
+        if not isinstance(value, bool):
+            raise self._refuse(name, value, "true or false")
+        return value
 
     def string(self, name: str) -> str:
         value = self._get(name)
