@@ -1,0 +1,76 @@
+"""The command line: `gpt2-edge COMMAND ...`.
+
+A command is a module with `add_arguments(parser)` and `run(arguments)`; only the chosen one is imported. Results go to
+standard output, everything else to standard error. Exit status: 0 done, 1 the input or the model is at fault,
+2 wrong usage, 130 interrupted.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Final
+
+from gpt2_edge.errors import Gpt2EdgeError
+from gpt2_edge.version import VERSION
+
+_COMMANDS: Final = {
+    "generate": ("gpt2_edge.commands.generate", "continue a prompt"),
+    "next": ("gpt2_edge.commands.next_tokens", "show the likeliest next tokens"),
+    "score": ("gpt2_edge.commands.score", "log-probability and perplexity of texts"),
+    "info": ("gpt2_edge.commands.info", "what a model folder holds and how it would run here"),
+    "verify": ("gpt2_edge.commands.verify", "check that a model folder is whole and runs"),
+    "export": ("gpt2_edge.export.command", "make a model folder from a GPT-2 checkpoint"),
+    "quantize": ("gpt2_edge.quantize.command", "make a smaller, faster model folder"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return the exit status."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return _run(arguments)
+    except Gpt2EdgeError as error:
+        print(f"gpt2-edge: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output has gone, as `head` does; nothing is left to be flushed at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _run(arguments: list[str]) -> int:
+    chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
+    parser = argparse.ArgumentParser(
+        prog="gpt2-edge",
+        description="Run GPT-2 on a laptop, an edge box or inside a desktop app.",
+        epilog="FOLDER is a model folder, or `storyteller` for the bundled model.",
+    )
+    parser.add_argument("--version", action="version", version=f"gpt2-edge {VERSION}")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, (module_name, summary) in _COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        if name == chosen:
+            module = import_module(module_name)
+            module.add_arguments(subparser)
+            subparser.set_defaults(run=module.run)
+    parsed = parser.parse_args(arguments)
+    _use_utf8_output()
+    status: int = parsed.run(parsed)
+    sys.stdout.flush()
+    return status
+
+
+def _use_utf8_output() -> None:
+    """Texts have any characters; a console with another encoding shows what it can instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace", **({} if stream.isatty() else {"encoding": "utf-8"}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

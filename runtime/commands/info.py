@@ -1,0 +1,84 @@
+"""`gpt2-edge info`: what a model folder holds and how it would run here."""
+
+import argparse
+import json
+import platform
+from collections.abc import Mapping
+from typing import Any
+
+from gpt2_edge.errors import MissingDependencyError
+from gpt2_edge.folder import ModelFolder, open_folder
+from gpt2_edge.telemetry import telemetry_state
+from gpt2_edge.threads import usable_cores
+from gpt2_edge.version import VERSION
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `info`."""
+    parser.add_argument("folder", metavar="FOLDER", help="a model folder, or `storyteller`")
+    parser.add_argument("--json", action="store_true", help="print everything the manifest says, as JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the manifest's contents and this machine's."""
+    folder = open_folder(arguments.folder)
+    if arguments.json:
+        document = {"folder": str(folder.path), **json.loads(folder.manifest.to_json()), "here": _here()}
+        print(json.dumps(document, indent=2, ensure_ascii=False))
+        return 0
+    rows = [*_about_the_model(folder), *_here().items()]
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+    return 0
+
+
+def _about_the_model(folder: ModelFolder) -> list[tuple[str, str]]:
+    manifest = folder.manifest
+    shape = manifest.architecture
+    return [
+        ("folder", str(folder.path)),
+        ("made from", _source(manifest.source)),
+        ("precision", manifest.precision + (f", recipe {manifest.recipe.get('name')}" if manifest.recipe else "")),
+        ("size", f"{manifest.size_bytes / 1e6:.1f} MB in {len(manifest.files)} files"),
+        ("shape", f"{shape.layers} layers, {shape.heads} heads, width {shape.width}, {shape.activation}"),
+        ("context", f"{shape.context_length} tokens, KV cache {_cache_bytes(folder) / 1e6:.1f} MB when full"),
+        ("vocabulary", f"{shape.vocabulary_size} tokens, end of text {manifest.end_of_text}"),
+        *((f"measured: {name}", _plain(values)) for name, values in manifest.measured.items()),
+        ("needs", f"ONNX Runtime {manifest.minimum_onnxruntime} or newer"),
+        ("made with", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
+    ]
+
+
+def _here() -> dict[str, str]:
+    try:
+        from gpt2_edge.onnxruntime_import import onnxruntime
+
+        installed = f"{onnxruntime.__version__}, providers {', '.join(onnxruntime.get_available_providers())}"
+    except MissingDependencyError as error:
+        installed = str(error)
+    return {
+        "gpt2-edge here": f"{VERSION} on Python {platform.python_version()}, {platform.system()} {platform.machine()}",
+        "onnxruntime here": installed,
+        "threads here": f"{usable_cores()} by default",
+        "telemetry here": telemetry_state(),
+    }
+
+
+def _source(source: Mapping[str, Any]) -> str:
+    revision = source.get("revision")
+    return str(source.get("name", "unknown")) + (f" at revision {revision}" if revision else "")
+
+
+def _cache_bytes(folder: ModelFolder) -> int:
+    shape = folder.manifest.architecture
+    return 2 * 4 * shape.layers * shape.heads * shape.context_length * shape.head_size
+
+
+def _plain(values: Any) -> str:
+    if not isinstance(values, dict):
+        return str(values)
+    return ", ".join(
+        f"{name.replace('_', ' ')} {f'{value:.3g}' if isinstance(value, float) else value}"
+        for name, value in values.items()
+    )
