@@ -48,6 +48,7 @@ ACTIVATIONS: Final[dict[str, Callable[["Tensor"], "Tensor"]]] = {
     "gelu_fast": _gelu_tanh,
     "gelu_new": _gelu_tanh,
     "gelu_python": _gelu,
+    "gelu_python_tanh": _gelu_tanh,
     "gelu_pytorch_tanh": _gelu_tanh,
     "linear": _identity,
     "mish": _mish,

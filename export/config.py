@@ -102,7 +102,8 @@ def _refuse_what_is_not_gpt2(path: Path, document: dict[str, Any]) -> None:
     model_type = document.get("model_type", "gpt2")
     if model_type != "gpt2":
         raise CheckpointError(f"{path}: model_type is {model_type!r}; only 'gpt2' can be exported")
-    for architecture in document.get("architectures") or []:
+    architectures = document.get("architectures") or []
+    for architecture in architectures if isinstance(architectures, list) else [architectures]:
         if architecture not in _ARCHITECTURES:
             raise CheckpointError(
                 f"{path}: the architecture is {architecture!r}; those that can be exported are "

@@ -56,7 +56,8 @@ def export_checkpoint(checkpoint: Path, destination: Path) -> Manifest:
         with new_folder(destination) as folder:
             progress.start("writing the graph and the weights")
             save(model, folder / GRAPH_NAME)
-            tokenizer.save(str(folder / TOKENIZER_NAME))
+            # Not `tokenizer.save`, which raises a plain Exception when the disk is full.
+            (folder / TOKENIZER_NAME).write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n")
             progress.advance()
             progress.start("comparing with the checkpoint")
             parity = check_parity(folder / GRAPH_NAME, weights, config, progress.advance)

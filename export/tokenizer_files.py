@@ -14,7 +14,8 @@ def read_tokenizer(checkpoint: Path, vocabulary_size: int) -> Tokenizer:
     """Read `tokenizer.json`, or GPT-2's own pair `vocab.json` and `merges.txt`.
 
     Raises:
-        CheckpointError: The checkpoint has neither, they cannot be read, or have tokens the model does not know.
+        CheckpointError: The checkpoint has neither, they cannot be read, are of another kind, or have tokens
+            the model does not know.
     """
     whole = checkpoint / "tokenizer.json"
     vocabulary, merges = checkpoint / "vocab.json", checkpoint / "merges.txt"
@@ -29,6 +30,11 @@ def read_tokenizer(checkpoint: Path, vocabulary_size: int) -> Tokenizer:
         raise
     except Exception as error:
         raise CheckpointError(f"cannot read the tokenizer of {checkpoint}: {error}") from error
+    if not isinstance(tokenizer.model, models.BPE) or not isinstance(tokenizer.decoder, decoders.ByteLevel):
+        raise CheckpointError(
+            f"{checkpoint}: the tokenizer is {type(tokenizer.model).__name__} with the decoder "
+            f"{type(tokenizer.decoder).__name__}; only GPT-2's byte-level BPE can be exported"
+        )
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
     if largest >= vocabulary_size:
         raise CheckpointError(

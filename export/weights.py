@@ -38,8 +38,8 @@ def weight_files(checkpoint: Path) -> list[Path]:
         raise CheckpointError(f"{checkpoint} has neither {_SINGLE_FILE} nor {_SHARD_INDEX}{found}")
     try:
         shard_of = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        names = sorted(set(shard_of.values()))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        names = sorted({str(name) for name in shard_of.values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index_path} is not an index of shards: {error!r}") from error
     for name in names:
         if Path(name).name != name:

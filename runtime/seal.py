@@ -46,34 +46,42 @@ def new_folder(destination: Path) -> Iterator[Path]:
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(destination)
-        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(destination), dir=destination.parent))
+        temporary, lock = _make_temporary(destination)
     except OSError as error:
         raise _cannot_write(destination, error) from error
     try:
-        with _held(temporary):
-            yield temporary
-            for file in temporary.iterdir():
-                _flush(file)
-            temporary.chmod(0o755)  # mkdtemp makes it private
-            _flush(temporary)
-            _rename(temporary, destination)
-            _flush(destination.parent)
+        yield temporary
+        for file in temporary.iterdir():
+            _flush(file)
+        temporary.chmod(0o755)  # mkdtemp makes it private
+        _flush(temporary)
+        _rename(temporary, destination)
+        _flush(destination.parent)
     except OSError as error:
         raise _cannot_write(destination, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # nothing is there any more if it was renamed
+        if lock is not None:
+            os.close(lock)
 
 
 def check_destination(destination: Path) -> None:
-    """Refuse a destination that exists, before long work starts.
+    """Refuse a destination that cannot become a new folder, before long work starts.
 
     Raises:
-        ModelFolderError: It exists and is not an empty folder.
+        ModelFolderError: It exists and is not an empty folder, or its parent is not a folder.
     """
-    if destination.is_dir() and not any(destination.iterdir()):
-        return
-    if destination.exists() or destination.is_symlink():
-        raise ModelFolderError(f"{destination} already exists: remove it or choose another output folder")
+    if destination.name in ("", ".."):
+        raise ModelFolderError(f"{destination} is not the name of a new folder: give one, such as {destination}/model")
+    try:
+        is_empty_folder = destination.is_dir() and not destination.is_symlink() and not any(destination.iterdir())
+        if not is_empty_folder and (destination.exists() or destination.is_symlink()):
+            raise ModelFolderError(f"{destination} already exists: remove it or choose another output folder")
+        nearest = next(parent for parent in destination.absolute().parents if parent.exists())
+        if not nearest.is_dir():
+            raise ModelFolderError(f"cannot write {destination}: {nearest} is not a folder")
+    except OSError as error:
+        raise _cannot_write(destination, error) from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
@@ -97,44 +105,55 @@ def _temporary_prefix(destination: Path) -> str:
 
 
 def _cannot_write(destination: Path, error: OSError) -> ModelFolderError:
-    if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+    if error.errno in (errno.EEXIST, errno.ENOTEMPTY) and destination.exists():
         return ModelFolderError(f"{destination} was made by another process meanwhile: nothing was changed")
     hint = ": free some space and run it again" if error.errno == errno.ENOSPC else ""
     return ModelFolderError(f"cannot write {destination}: {error.strerror or error}{hint}")
 
 
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder for as long as this process lives; Windows has no locks on folders."""
-    if _WINDOWS:
-        yield
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        yield
-    finally:
-        os.close(descriptor)
+def _make_temporary(destination: Path) -> tuple[Path, int | None]:
+    """Make the temporary folder and lock it for as long as this process lives; Windows has no locks on folders."""
+    while True:
+        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(destination), dir=destination.parent))
+        if _WINDOWS:
+            return temporary, None
+        # Before it is locked, another run may take it for abandoned. That run holds the lock while it removes it.
+        lock = _lock(temporary, fcntl.LOCK_SH)
+        if lock is not None and temporary.exists():
+            return temporary, lock
+        if lock is not None:
+            os.close(lock)
 
 
 def _remove_abandoned(destination: Path) -> None:
     """Remove what runs that were killed left behind, and nothing that a living run is still filling."""
-    for leftover in destination.parent.glob(f"{_temporary_prefix(destination)}*"):
-        if _is_abandoned(leftover):
+    prefix = _temporary_prefix(destination)
+    for leftover in [path for path in destination.parent.iterdir() if path.name.startswith(prefix)]:
+        if _WINDOWS:
+            if time.time() - leftover.stat().st_mtime > _WINDOWS_ABANDONED_AFTER_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
+            continue
+        lock = _lock(leftover, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if lock is not None:
             shutil.rmtree(leftover, ignore_errors=True)
+            os.close(lock)
 
 
-def _is_abandoned(folder: Path) -> bool:
-    if _WINDOWS:
-        return time.time() - folder.stat().st_mtime > _WINDOWS_ABANDONED_AFTER_SECONDS
-    descriptor = os.open(folder, os.O_RDONLY)
+def _lock(folder: Path, operation: int) -> int | None:
+    """Lock a folder; return the descriptor that holds the lock, None if another run has locked or removed it."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, operation)
     except BlockingIOError:
-        return False
-    finally:
         os.close(descriptor)
-    return True
+        return None
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 def _flush(path: Path) -> None:

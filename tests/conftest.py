@@ -9,8 +9,9 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 
-import gpt2_edge
 import pytest
+
+import gpt2_edge
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 STORYTELLER_CHECKPOINT = REPOSITORY / "models" / "storyteller"
@@ -50,11 +51,11 @@ def int8_model(storyteller_int8: Path) -> Iterator[gpt2_edge.Model]:
         yield model
 
 
-@pytest.fixture
-def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
-    """Make a tiny GPT-2 checkpoint with random weights, as transformers saves it, and the storyteller's tokenizer."""
+@pytest.fixture(scope="session")
+def write_checkpoint() -> Callable[..., Path]:
+    """Write a tiny GPT-2 checkpoint with random weights, as transformers saves it, and the storyteller's tokenizer."""
 
-    def make(name: str = "tiny", **config: Any) -> Path:
+    def write(folder: Path, **config: Any) -> Path:
         import shutil
 
         import torch
@@ -73,9 +74,23 @@ def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
             "initializer_range": 0.2,
         }
         model = GPT2LMHeadModel(GPT2Config(**(fields | config))).eval()
-        folder = tmp_path / name
+        # transformers starts with biases of 0 and normalization weights of 1, which would hide one that is lost.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1:
+                    parameter += 0.2 * torch.randn_like(parameter)
         model.save_pretrained(folder)
         shutil.copy(STORYTELLER_CHECKPOINT / "tokenizer.json", folder)
         return folder
+
+    return write
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path, write_checkpoint: Callable[..., Path]) -> Callable[..., Path]:
+    """Make a tiny checkpoint of a given name in the test's own folder; see `write_checkpoint`."""
+
+    def make(name: str = "tiny", **config: Any) -> Path:
+        return write_checkpoint(tmp_path / name, **config)
 
     return make

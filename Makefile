@@ -1,0 +1,52 @@
+# `make demo` and `make test` are all a newcomer needs; the rest is for those who change the code.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH_VERSION := 2.13.0
+QUIET := $(shell test -t 2 || echo --quiet)
+
+.PHONY: demo test check bundle wheel clean
+
+demo: $(VENV)/.demo-installed
+	$(BIN)/python -m gpt2_edge.benchmarks.demo models/storyteller demo
+
+test: $(VENV)/.dev-installed
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.dev-installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# The model folder that the wheel carries, made anew from the checkpoint.
+bundle: $(VENV)/.demo-installed
+	rm -rf build/bundle runtime/bundled/storyteller
+	$(BIN)/gpt2-edge export models/storyteller -o build/bundle/storyteller-fp32
+	$(BIN)/gpt2-edge quantize build/bundle/storyteller-fp32 -o runtime/bundled/storyteller --precision int8
+
+wheel: $(VENV)/.dev-installed
+	rm -rf dist
+	$(BIN)/python -m build --wheel --outdir dist .
+
+clean:
+	rm -rf $(VENV) build dist demo *.egg-info
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: run make PYTHON=python3.12 demo, say" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# torch comes first: what needs it is then content with the CPU build.
+$(VENV)/.torch-installed: $(BIN)/python export/install_torch.py
+	$(BIN)/python export/install_torch.py $(TORCH_VERSION) $(QUIET)
+	touch $@
+
+$(VENV)/.demo-installed: $(VENV)/.torch-installed pyproject.toml
+	$(BIN)/python -m pip install $(QUIET) --editable '.[cpu,export,quantize,bench]'
+	touch $@
+
+# A strict editable install is one that type checkers can read; it has to be renewed when a file is added.
+$(VENV)/.dev-installed: $(VENV)/.torch-installed pyproject.toml $(wildcard runtime/*.py runtime/*/*.py export/*.py quantize/*.py benchmarks/*.py)
+	$(BIN)/python -m pip install $(QUIET) --editable '.[dev]' --config-settings editable_mode=strict
+	touch $@ $(VENV)/.demo-installed
