@@ -47,6 +47,6 @@ $(VENV)/.demo-installed: $(VENV)/.torch-installed pyproject.toml
 	touch $@
 
 # A strict editable install is one that type checkers can read; it has to be renewed when a file is added.
-$(VENV)/.dev-installed: $(VENV)/.torch-installed pyproject.toml $(wildcard runtime/*.py runtime/*/*.py export/*.py quantize/*.py benchmarks/*.py)
+$(VENV)/.dev-installed: $(VENV)/.torch-installed pyproject.toml $(wildcard runtime/*.py runtime/*/*.py export/*.py quantize/*.py benchmarks/*.py runtime/bundled/*/*)
 	$(BIN)/python -m pip install $(QUIET) --editable '.[dev]' --config-settings editable_mode=strict
 	touch $@ $(VENV)/.demo-installed

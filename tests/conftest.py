@@ -8,6 +8,9 @@ from typing import Any
 # Tests compare with transformers, which must not look for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+# torch's threads wait for each other in busy loops: on a machine that also does something else, tiny models take
+# fifty times as long with two threads as with one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 

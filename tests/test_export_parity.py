@@ -1,6 +1,5 @@
 """An exported graph computes what transformers computes from the same checkpoint."""
 
-import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,18 +11,18 @@ import numpy.typing as npt
 import onnxruntime
 import pytest
 import torch
-from conftest import STORYTELLER_CHECKPOINT
 from gpt2_edge.export import export_checkpoint
 from gpt2_edge.export.activations import ACTIVATIONS
 from gpt2_edge.export.config import read_config
 from gpt2_edge.export.weights import read_weights
 from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedModel
 from transformers.activations import ACT2FN
 
 FloatArray = npt.NDArray[np.float32]
 
 TOLERANCE: Final = 1e-4
+STORYTELLER: Final = Path(__file__).resolve().parent.parent / "models" / "storyteller"
 
 # Options that do not touch each other share a checkpoint. One layer is enough where only the MLP is of interest.
 VARIATIONS: Final[dict[str, dict[str, Any]]] = {
@@ -80,6 +79,7 @@ class Exported:
 
 
 def load_reference(checkpoint: Path) -> GPT2LMHeadModel:
+    # transformers' default attention ignores two of the options that are compared here.
     return GPT2LMHeadModel.from_pretrained(checkpoint, attn_implementation="eager", dtype=torch.float32).eval()
 
 
@@ -106,13 +106,14 @@ def exported(
 
 @pytest.fixture(scope="module")
 def storyteller(storyteller_fp32: Path, fp32_model: gpt2_edge.Model) -> Exported:
-    return Exported(load_reference(STORYTELLER_CHECKPOINT), storyteller_fp32, fp32_model)
+    return Exported(load_reference(STORYTELLER), storyteller_fp32, fp32_model)
 
 
 def check_logits(exported: Exported, tokens: list[int]) -> None:
     expected = exported.expected_logits(tokens)
     # A model whose logits hardly depend on what came before would pass with anything in its cache.
-    assert np.abs(exported.expected_logits([tokens[0] ^ 1, *tokens[1:]]) - expected).max(axis=1).min() > 10 * TOLERANCE
+    changed = exported.expected_logits([*tokens[:-5], tokens[-5] ^ 1, *tokens[-4:]])
+    assert np.abs(changed - expected)[-4:].max(axis=1).min() > 10 * TOLERANCE
     np.testing.assert_allclose(exported.model.logits(tokens), expected, rtol=0, atol=TOLERANCE)
 
 
@@ -200,7 +201,7 @@ def test_prompts_of_different_lengths_side_by_side(exported: Exported) -> None:
 
 
 def test_the_storyteller(storyteller: Exported) -> None:
-    text = (STORYTELLER_CHECKPOINT / "held_out.txt").read_text(encoding="utf-8")
+    text = (STORYTELLER / "held_out.txt").read_text(encoding="utf-8")
     tokens = storyteller.model.tokenize(text[:4000])[:300]  # three chunks of prefill
     check_logits(storyteller, tokens)
     check_greedy(storyteller, tokens[:20], count=60)
@@ -237,27 +238,27 @@ def add_stale_head(checkpoint: Path) -> None:
     save_file(weights, file, metadata={"format": "pt"})
 
 
-def save_again(**how: Any) -> Callable[[Path], None]:
+def save_again(
+    kind: type[PreTrainedModel] = GPT2LMHeadModel, dtype: torch.dtype = torch.float32, max_shard_size: str = "1GB"
+) -> Callable[[Path], None]:
     def save(checkpoint: Path) -> None:
-        dtype, headless = how.pop("dtype", torch.float32), how.pop("headless", False)
-        kind = GPT2Model if headless else GPT2LMHeadModel
         model = kind.from_pretrained(checkpoint, dtype=dtype)
         (checkpoint / "model.safetensors").unlink()
-        model.save_pretrained(checkpoint, **how)
+        model.save_pretrained(checkpoint, max_shard_size=max_shard_size)
 
     return save
 
 
 FORMS: Final[dict[str, Callable[[Path], None]]] = {
     "as transformers saves it": lambda checkpoint: None,
-    "without the prefix of a model with a head": save_again(headless=True),
+    "without the prefix of a model with a head": save_again(GPT2Model),
     "in shards": save_again(max_shard_size="500KB"),
     "float16": save_again(dtype=torch.float16),
     "bfloat16": save_again(dtype=torch.bfloat16),
     "float64": save_again(dtype=torch.float64),
     "with causal masks": add_causal_masks,
     "with a head that is not used": add_stale_head,
-    "bfloat16 shards without the prefix": save_again(headless=True, dtype=torch.bfloat16, max_shard_size="250KB"),
+    "bfloat16 shards without the prefix": save_again(GPT2Model, dtype=torch.bfloat16, max_shard_size="250KB"),
 }
 
 
@@ -281,15 +282,9 @@ def test_bfloat16_shards_with_masks_and_without_prefix_export(
 ) -> None:
     checkpoint = make_checkpoint(n_layer=2)
     add_causal_masks(checkpoint)
-    save_again(headless=True, dtype=torch.bfloat16, max_shard_size="250KB")(checkpoint)
+    save_again(GPT2Model, dtype=torch.bfloat16, max_shard_size="250KB")(checkpoint)
     assert len(list(checkpoint.glob("model-*.safetensors"))) > 1
     export_checkpoint(checkpoint, tmp_path / "model")
     with gpt2_edge.load(tmp_path / "model", threads=1) as model:
         exported = Exported(load_reference(checkpoint), tmp_path / "model", model)
         check_logits(exported, exported.random_tokens(32, seed=1))
-
-
-def test_the_reference_attends_eagerly() -> None:
-    """transformers' default attention ignores two of the options that are compared here."""
-    assert load_reference(STORYTELLER_CHECKPOINT).config._attn_implementation == "eager"
-    assert "attn_implementation" in inspect.getsource(load_reference)
