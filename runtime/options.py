@@ -2,66 +2,150 @@
 
 import difflib
 import math
-from dataclasses import dataclass, fields
-from typing import Any, TypedDict
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypedDict
+
+import numpy as np
+import numpy.typing as npt
 
 from gpt2_edge.errors import OptionError
 
 MAXIMUM_SEED = 2**64 - 1
+
+# Sees the prompt's and the continuation's tokens so far, and changes the logits, shape [vocabulary], in place.
+LogitsProcessor = Callable[[Sequence[int], npt.NDArray[np.float32]], None]
+Overflow = Literal["stop", "slide"]
 
 
 class OptionKeywords(TypedDict, total=False):
     """The keyword arguments of `generate` and `stream`; `GenerationOptions` explains them."""
 
     max_new_tokens: int
+    min_new_tokens: int
     temperature: float | None
     top_k: int | None
     top_p: float | None
+    min_p: float | None
+    typical_p: float | None
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    no_repeat_ngram_size: int
+    logit_bias: Mapping[int, float]
+    banned_tokens: Sequence[int]
+    logits_processor: LogitsProcessor | None
     seed: int | None
+    stop: str | Sequence[str]
+    stop_tokens: Sequence[int]
     ignore_eos: bool
+    logprobs: int | None
+    overflow: Overflow
+    keep_tokens: int
+    deadline_seconds: float | None
+    cancel: threading.Event | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationOptions:
-    """How to continue a prompt.
+    """How to continue a prompt; `docs/sampling.md` is the specification of how a token is chosen.
 
     Attributes:
         max_new_tokens: Stop after this many tokens; 0 generates nothing.
+        min_new_tokens: Neither end-of-text nor a stop token is chosen before so many tokens.
         temperature: 0 takes the likeliest token (greedy); above 0 the logits are divided by it and a token is
-            drawn. None means 1 if another sampling option is given, and greedy if none is.
+            drawn. None means 1 if another option that narrows the draw is given, and greedy if none is.
         top_k: Draw from the k likeliest tokens only; None or 0 from all.
         top_p: Draw from the smallest set of likeliest tokens whose probabilities add up to at least this; the
             token that crosses the border is in the set, so at least one always is. None or 1 means all.
+        min_p: Draw from the tokens that are at least this fraction as likely as the likeliest. None or 0 means all.
+        typical_p: Draw from the tokens whose information is closest to the distribution's entropy, as many as it
+            takes to reach this probability. None or 1 means all.
+        repetition_penalty: Divides positive and multiplies negative logits of tokens that occur in the prompt or
+            the continuation, once for each token; above 0, 1 is off.
+        presence_penalty: Subtracted from the logits of tokens that occur in the continuation.
+        frequency_penalty: Subtracted from the logits of tokens for each time they occur in the continuation.
+        no_repeat_ngram_size: No sequence of so many tokens occurs twice in prompt and continuation; 0 is off.
+        logit_bias: Added to the logits of these tokens.
+        banned_tokens: Are never chosen.
+        logits_processor: Called with all tokens so far and the logits, which it may change in place.
         seed: Makes the drawing repeatable, 0 to 2**64 - 1; None draws a seed, which the result reports.
+        stop: Texts that end the continuation; they are not part of it.
+        stop_tokens: Tokens that end the continuation; they are not part of it.
         ignore_eos: Go on after an end-of-text token, as if it were any other.
+        logprobs: Report for each token its log-probability and those of this many likeliest tokens, from the
+            model's own distribution before any of these options; None reports none.
+        overflow: When the context is full, "stop" ends the continuation; "slide" forgets the oldest tokens, computes
+            the last half of the context again at fresh positions, and goes on.
+        keep_tokens: With "slide": so many of the prompt's first tokens are never forgotten.
+        deadline_seconds: Ends the continuation so long after the call; None never.
+        cancel: Ends the continuation when another thread sets it.
     """
 
     max_new_tokens: int = 128
+    min_new_tokens: int = 0
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    no_repeat_ngram_size: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    banned_tokens: Sequence[int] = ()
+    logits_processor: LogitsProcessor | None = None
     seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_tokens: Sequence[int] = ()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    overflow: Overflow = "stop"
+    keep_tokens: int = 0
+    deadline_seconds: float | None = None
+    cancel: threading.Event | None = None
 
     def __post_init__(self) -> None:
-        _check_integer("max_new_tokens", self.max_new_tokens, 0, None)
+        for name in ("max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", "keep_tokens"):
+            _check_integer(name, getattr(self, name), 0, None)
+        for name in ("top_k", "logprobs"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 0, None)
         if self.temperature is not None:
             _check_number("temperature", self.temperature, 0.0, math.inf, "0 (greedy) or any number above it")
-        if self.top_k is not None:
-            _check_integer("top_k", self.top_k, 0, None)
-        if self.top_p is not None:
-            _check_number("top_p", self.top_p, 0.0, 1.0, "a number from 0 to 1")
+        for name in ("top_p", "min_p", "typical_p"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), 0.0, 1.0, "a number from 0 to 1")
+        _check_number("repetition_penalty", self.repetition_penalty, 1e-6, 1e6, "a number above 0; 1 is off")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_number(name, getattr(self, name), -math.inf, math.inf, "a number; 0 is off")
+        if self.deadline_seconds is not None:
+            _check_number("deadline_seconds", self.deadline_seconds, 0.0, math.inf, "seconds, 0 or more")
         if self.seed is not None:
             _check_integer("seed", self.seed, 0, MAXIMUM_SEED)
         if not isinstance(self.ignore_eos, bool):
             raise OptionError(f"ignore_eos is {self.ignore_eos!r}: give True or False")
+        if self.overflow not in ("stop", "slide"):
+            raise OptionError(f"overflow is {self.overflow!r}: give 'stop' or 'slide'")
+        if self.logits_processor is not None and not callable(self.logits_processor):
+            raise OptionError(f"logits_processor is {self.logits_processor!r}: give a function of tokens and logits")
+        if self.cancel is not None and not isinstance(self.cancel, threading.Event):
+            raise OptionError(f"cancel is {self.cancel!r}: give a threading.Event")
+        # Kept as what cannot be changed any more.
+        object.__setattr__(self, "stop", _texts("stop", self.stop))
+        for name in ("banned_tokens", "stop_tokens"):
+            object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
+        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
 
     @property
     def effective_temperature(self) -> float:
         """The temperature that is used: see `temperature`."""
         if self.temperature is not None:
             return float(self.temperature)
-        return 1.0 if self.top_k or self.top_p is not None else 0.0
+        narrows = self.top_k or any(value is not None for value in (self.top_p, self.min_p, self.typical_p))
+        return 1.0 if narrows else 0.0
 
 
 def make_options(keywords: OptionKeywords) -> GenerationOptions:
@@ -93,3 +177,27 @@ def _check_number(name: str, value: Any, minimum: float, maximum: float, allowed
         raise OptionError(f"{name} is {value!r}: give {allowed}")
     if not (minimum <= value <= maximum and math.isfinite(value)):
         raise OptionError(f"{name} is {value}: give {allowed}")
+
+
+def _texts(name: str, value: Any) -> tuple[str, ...]:
+    texts = (value,) if isinstance(value, str) else value
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
+        raise OptionError(f"{name} is {value!r}: give a text or a list of texts, none of them empty")
+    return tuple(texts)
+
+
+def _token_ids(name: str, value: Any) -> tuple[int, ...]:
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        raise OptionError(f"{name} is {value!r}: give a list of token ids")
+    for token in value:
+        _check_integer(name, token, 0, None)
+    return tuple(value)
+
+
+def _biases(value: Any) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise OptionError(f"logit_bias is {value!r}: give a mapping from token ids to numbers")
+    for token, bias in value.items():
+        _check_integer("a token of logit_bias", token, 0, None)
+        _check_number("a number of logit_bias", bias, -math.inf, math.inf, "a finite number; banned_tokens forbids")
+    return dict(value)

@@ -70,6 +70,21 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """How likely the model found a chosen token, before any option changed its distribution.
+
+    Attributes:
+        token: The chosen token.
+        logprob: Natural logarithm of its probability.
+        likeliest: The likeliest tokens at this place and their log-probabilities, the likeliest first.
+    """
+
+    token: int
+    logprob: float
+    likeliest: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
 class NextToken:
     """A token that may come next, its text and its probability at temperature 1."""
 
