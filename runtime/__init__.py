@@ -29,13 +29,16 @@ from gpt2_edge.errors import (
     ParityError,
     PromptError,
     QuantizationError,
+    SessionError,
 )
 from gpt2_edge.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
-    from gpt2_edge.model import Model, TextStream, load
+    from gpt2_edge.model import Model, load
     from gpt2_edge.options import GenerationOptions
-    from gpt2_edge.results import Generation, NextToken, Piece, Score, Timings
+    from gpt2_edge.results import Generation, NextToken, Piece, Score, Timings, TokenLogprobs
+    from gpt2_edge.stream import TextStream
+    from gpt2_edge.text_session import Session
 
 __all__ = [
     "CheckpointError",
@@ -55,8 +58,11 @@ __all__ = [
     "PromptError",
     "QuantizationError",
     "Score",
+    "Session",
+    "SessionError",
     "TextStream",
     "Timings",
+    "TokenLogprobs",
     "__version__",
     "load",
 ]
@@ -64,9 +70,11 @@ __all__ = [
 # What needs onnxruntime is imported when it is first asked for: so errors, `--help` and export without a runtime work
 # where none is installed, and the message that says how to install one is the only thing that is seen.
 _MODULE_OF = {
-    **dict.fromkeys(("Model", "TextStream", "load"), "model"),
+    **dict.fromkeys(("Model", "load"), "model"),
     "GenerationOptions": "options",
-    **dict.fromkeys(("Generation", "NextToken", "Piece", "Score", "Timings"), "results"),
+    **dict.fromkeys(("Generation", "NextToken", "Piece", "Score", "Timings", "TokenLogprobs"), "results"),
+    "Session": "text_session",
+    "TextStream": "stream",
 }
 
 

@@ -25,9 +25,12 @@ class TokenChooser:
         final_tokens: Tokens that may end the continuation, which `min_new_tokens` holds back.
     """
 
-    def __init__(self, options: GenerationOptions, seed: int, final_tokens: Sequence[int]) -> None:
+    def __init__(self, options: GenerationOptions, seed: int, final_tokens: Sequence[int], position: int = 0) -> None:
         self._options = options
         self._uniform = RandomUniform(seed)
+        self.position = position
+        for _ in range(position):
+            self._uniform.draw()
         self._final_tokens = final_tokens
 
     def choose(self, logits: Logits, prompt: Sequence[int], continuation: Sequence[int]) -> Choice:
@@ -38,4 +41,5 @@ class TokenChooser:
             prompt: Tokens of the prompt.
             continuation: Tokens chosen so far.
         """
+        self.position += self._options.effective_temperature > 0
         return Choice(choose_token(logits, self._options, self._uniform), None)

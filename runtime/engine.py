@@ -1,28 +1,33 @@
 """The one loop: rows join, are prefilled in chunks, decode together, and leave between steps.
 
 Rows live in the slots of the session's KV cache: those that decode in slots 0, 1, ..., so that one run computes a
-token for all of them, and the one that is being prefilled in the slot after them. A step is one chunk of prefill, if
-a row waits for it, and one decoded token for every other row.
+token for all of them, and the one that is being prefilled in the slot after them. A step is one decoded token for
+every row that is past its prompt, and one chunk of prefill, if a row waits for it.
 
 Any thread may bring rows. There is no thread of our own: whoever waits for a row computes steps, for all rows there
 are; if another thread is at it already, it waits for that step instead. So a caller that is alone never switches
 threads, and callers that come together share steps instead of fighting for the cores.
 """
 
+import os
 import threading
 import time
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
 
 from gpt2_edge.errors import ModelClosedError
+from gpt2_edge.kv_cache import SequenceCache
 from gpt2_edge.session import Logits, StepSession
 
 PREFILL_CHUNK_TOKENS: Final = 128
-MAXIMUM_ROWS: Final = 16
+MAXIMUM_ROWS: Final = 16  # a power of two
+_WATCHED_CHUNK_TOKENS: Final = 64  # a shorter chunk is over before anybody could interrupt it
+_WATCH_SECONDS: Final = 0.02
 
 
 class Row(ABC):
@@ -30,18 +35,32 @@ class Row(ABC):
 
     Attributes:
         tokens: All tokens so far. The engine computes them in order; `receive` may append the next one.
-        done: Set by the row when it wants no more; by the engine when it failed.
+        done: Set by the row when it wants no more; by the engine when it failed or was abandoned.
+        restarts: Set by `receive` after it replaced `tokens`: they are all computed again.
         failure: The exception because of which the engine gave the row up.
-        started_at: `time.perf_counter()` when its first chunk began.
-        prefilled: How many of the first tokens went through prefill.
+        abandoned: Set when nobody waits for the row any more.
+        left: Whether the engine has nothing to do with the row, because it has not joined or was taken out.
+        started_at: `time.perf_counter()` when its first chunk began; 0 before.
+        prefilled: How many of the first tokens are in the cache, until the row decodes.
+        prompt_group: Rows with the same one have the same tokens when they join, and share one prefill.
+        initial_cache: Keys and values of the first tokens, to begin with; None computes all.
+        keeps_cache: Whether the engine saves the keys and values when the row is done.
+        final_cache: What was saved.
     """
 
     def __init__(self, tokens: Iterable[int]) -> None:
         self.tokens = list(tokens)
         self.done = False
+        self.restarts = False
         self.failure: BaseException | None = None
+        self.abandoned = False
+        self.left = True
         self.started_at = 0.0
         self.prefilled = 0
+        self.prompt_group: object | None = None
+        self.initial_cache: SequenceCache | None = None
+        self.keeps_cache = False
+        self.final_cache: SequenceCache | None = None
 
     @abstractmethod
     def logit_positions(self, start: int, stop: int) -> range:
@@ -51,8 +70,16 @@ class Row(ABC):
     def receive(self, logits: Logits) -> None:
         """Take logits, shape [wanted positions, vocabulary]; they are valid during the call only.
 
-        After the last token so far, the row must append a token to `tokens` or set `done`.
+        After the last token so far, the row must append a token to `tokens`, or set `restarts` or `done`.
         """
+
+    def interrupted(self) -> bool:
+        """Tell whether the row should end where it is; asked often, from any thread."""
+        return self.abandoned
+
+    def end_early(self) -> None:
+        """End where it is, because it was interrupted."""
+        self.done = True
 
 
 class Engine:
@@ -64,11 +91,11 @@ class Engine:
 
     def __init__(self, session: StepSession) -> None:
         self._session = session
-        self._changed = threading.Condition()  # guards the four below; held for moments, never during a step
+        self._process = os.getpid()
+        self._changed = threading.Condition()  # guards the three below; held for moments, never during a step
         self._computing = False
         self._closed = False
         self._waiting: deque[Row] = deque()
-        self._departed: set[Row] = set()
         # These belong to the thread that computes.
         self._prefilling: Row | None = None
         self._decoding: list[Row] = []
@@ -77,19 +104,28 @@ class Engine:
         """Queue rows; they are computed while somebody waits in `run_until`.
 
         Raises:
-            ModelClosedError: The engine was closed.
+            ModelClosedError: The engine was closed, or belongs to the process that this one was forked from.
         """
+        if os.getpid() != self._process:
+            raise ModelClosedError(
+                "the model was loaded before this process was forked, and its threads are not here: "
+                "load it again in this process"
+            )
         with self._changed:
             if self._closed:
                 raise ModelClosedError("the model is closed: load it again")
-            self._waiting.extend(rows)
+            for row in rows:
+                row.left = False
+                self._waiting.append(row)
 
     def leave(self, rows: Iterable[Row]) -> None:
         """Take rows out that need not be finished; those that are done have left by themselves."""
-        with self._changed:
-            self._departed.update(row for row in rows if not row.done)
-            if not self._computing:
-                self._remove_departed()
+        for row in rows:
+            row.abandoned = True
+        if os.getpid() == self._process:
+            with self._changed:
+                if not self._computing:
+                    self._remove_interrupted()
 
     def run_until(self, ready: Callable[[], object]) -> None:
         """Compute steps, or wait for the thread that does, until `ready()` is true.
@@ -104,23 +140,34 @@ class Engine:
                 if ready():
                     return
                 self._computing = True
+                self._remove_interrupted()
                 self._admit()
             try:
                 self._step()
             finally:
                 with self._changed:
                     self._computing = False
-                    self._remove_departed()
+                    self._remove_interrupted()
                     self._changed.notify_all()
 
     def close(self) -> None:
         """Fail all rows, wait for the step in progress, and release the session. May be called again."""
+        if os.getpid() != self._process:
+            return
         with self._changed:
+            if self._closed:
+                return
             self._closed = True
+            rows = [*self._all_rows(), *self._waiting]
+            self._fail(rows, ModelClosedError("the model was closed meanwhile"))
+            for row in rows:
+                row.abandoned = True  # ends a prefill that is going on
             self._changed.wait_for(lambda: not self._computing)
-            self._fail([*self._all_rows(), *self._waiting], ModelClosedError("the model was closed meanwhile"))
+            for row in rows:
+                row.left = True
             self._prefilling, self._decoding = None, []
             self._waiting.clear()
+            self._session.close()
             self._changed.notify_all()
 
     def _all_rows(self) -> list[Row]:
@@ -130,9 +177,15 @@ class Engine:
         if self._prefilling is not None or not self._waiting or len(self._decoding) >= MAXIMUM_ROWS:
             return
         in_use = {slot: len(row.tokens) - 1 for slot, row in enumerate(self._decoding)}
-        self._session.reserve_slots(min(MAXIMUM_ROWS, len(self._decoding) + len(self._waiting)), in_use)
-        self._prefilling = self._waiting.popleft()
-        self._prefilling.started_at = time.perf_counter()
+        wanted = min(MAXIMUM_ROWS, len(self._decoding) + len(self._waiting))
+        self._session.reserve_slots(1 << (wanted - 1).bit_length(), in_use)  # doubled, so rarely
+        row = self._prefilling = self._waiting.popleft()
+        row.started_at = row.started_at or time.perf_counter()
+        if row.initial_cache is not None:
+            # At least the last token is computed, for its logits.
+            row.prefilled = min(row.initial_cache.tokens, len(row.tokens) - 1)
+            self._session.restore(len(self._decoding), row.initial_cache, row.prefilled)
+            row.initial_cache = None
 
     def _step(self) -> None:
         """Decode first: so the first token of a row that ends its prefill now reaches its caller at once."""
@@ -151,13 +204,57 @@ class Engine:
         positions = row.logit_positions(start, stop)
         chunk_positions = np.arange(positions.start - start, positions.stop - start, dtype=np.int64)
         is_last = stop == len(row.tokens)
-        logits = self._session.prefill(len(self._decoding), row.tokens[start:stop], start, chunk_positions)
+        slot = len(self._decoding)
+        with self._interruptible(row, stop - start):
+            try:
+                logits = self._session.prefill(slot, row.tokens[start:stop], start, chunk_positions)
+            except Exception:
+                if not row.interrupted():
+                    raise
+                return  # it was terminated, and ends with this step
         row.prefilled = stop
+        followers = self._take_followers(row) if is_last else []
+        for place, follower in enumerate(followers, start=slot + 1):
+            self._session.copy_slot(slot, place, stop)
+            follower.started_at, follower.prefilled = row.started_at, stop
         if positions:
-            self._deliver(row, logits)
-        if is_last and not row.done:
+            for each in (row, *followers):
+                self._deliver(each, logits)
+        if is_last:
             self._prefilling = None
-            self._decoding.append(row)
+            self._decoding += [row, *followers]
+
+    def _take_followers(self, leader: Row) -> list[Row]:
+        """Take the waiting rows that share the leader's prompt, as many as there are free slots."""
+        if leader.prompt_group is None:
+            return []
+        with self._changed:
+            followers = [row for row in self._waiting if row.prompt_group is leader.prompt_group and not row.prefilled]
+            del followers[self._session.slots - len(self._decoding) - 1 :]
+            self._waiting = deque(row for row in self._waiting if row not in followers)
+        return followers
+
+    @contextmanager
+    def _interruptible(self, row: Row, tokens: int) -> Iterator[None]:
+        """Terminate the session's run when the row is interrupted meanwhile."""
+        if tokens < _WATCHED_CHUNK_TOKENS:
+            yield
+            return
+        over = threading.Event()
+
+        def watch() -> None:
+            while not over.wait(_WATCH_SECONDS):
+                if row.interrupted():
+                    self._session.terminate_prefill()
+                    return
+
+        watcher = threading.Thread(target=watch, name="gpt2-edge prefill watch", daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            over.set()
+            watcher.join()
 
     def _decode(self) -> None:
         rows = self._decoding
@@ -177,27 +274,44 @@ class Engine:
             row.failure = error
             row.done = True
 
-    def _remove_departed(self) -> None:
-        if self._departed:
-            for row in self._departed:
-                row.done = True
-            self._departed.clear()
-            self._waiting = deque(row for row in self._waiting if not row.done)
-            self._remove_done()
-        if not self._waiting and not self._all_rows():
+    def _remove_interrupted(self) -> None:
+        for row in (*self._all_rows(), *self._waiting):
+            if not row.done and row.interrupted():
+                row.end_early()
+        for row in self._waiting:
+            row.left = row.done
+        self._waiting = deque(row for row in self._waiting if not row.done)
+        self._remove_done()
+        if not self._waiting and not self._all_rows() and not self._closed:
             self._session.release_spare_slots()
 
     def _remove_done(self) -> None:
-        """Close the gaps that rows leave: the last row moves into the free slot."""
+        """Take out the rows that are done or restart, and close the gaps: the last row moves into the free slot."""
+        slot_of_prefilling = len(self._decoding)
         if self._prefilling is not None and self._prefilling.done:
+            self._let_go(self._prefilling, slot_of_prefilling, self._prefilling.prefilled)
             self._prefilling = None
         remaining = list(self._decoding)
         for slot in reversed(range(len(remaining))):
-            if remaining[slot].done:
+            row = remaining[slot]
+            if row.done:
+                self._let_go(row, slot, len(row.tokens) - 1)
+            if row.done or row.restarts:
                 last = remaining.pop()
                 if slot < len(remaining):
-                    self._session.move(len(remaining), slot, len(last.tokens) - 1)
+                    self._session.copy_slot(len(remaining), slot, len(last.tokens) - 1)
                     remaining[slot] = last
-        former_slot, self._decoding = len(self._decoding), remaining
-        if self._prefilling is not None and former_slot != len(remaining):
-            self._session.move(former_slot, len(remaining), self._prefilling.prefilled)
+        restarting = [row for row in self._decoding if row.restarts and not row.done]
+        self._decoding = remaining
+        if self._prefilling is not None and slot_of_prefilling != len(remaining):
+            self._session.copy_slot(slot_of_prefilling, len(remaining), self._prefilling.prefilled)
+        for row in restarting:
+            row.restarts, row.prefilled = False, 0
+        if restarting:
+            with self._changed:
+                self._waiting.extendleft(reversed(restarting))
+
+    def _let_go(self, row: Row, slot: int, length: int) -> None:
+        if row.keeps_cache and row.failure is None:
+            row.final_cache = self._session.save(slot, length)
+        row.left = True

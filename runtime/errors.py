@@ -8,6 +8,7 @@ Gpt2EdgeError
 ├── CheckpointError            a checkpoint cannot be read or cannot be exported exactly
 ├── ParityError                an exported graph does not compute what the checkpoint computes
 ├── QuantizationError          a model folder cannot be quantized as asked
+├── SessionError               a text session is used wrongly, or its file is damaged or another model's
 ├── LogitsError                the model produced NaN or nothing that can be chosen
 ├── ModelClosedError           a model was used after `close()`
 └── MissingDependencyError     a package that only some commands need is not installed
@@ -59,6 +60,10 @@ class ParityError(Gpt2EdgeError):
 
 class QuantizationError(Gpt2EdgeError):
     """A model folder cannot be quantized as asked."""
+
+
+class SessionError(Gpt2EdgeError):
+    """A text session is in use already, or its saved file cannot be used."""
 
 
 class LogitsError(Gpt2EdgeError):

@@ -1,5 +1,8 @@
 """The keys and values of all tokens so far, for a few sequences side by side."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
@@ -7,6 +10,26 @@ from gpt2_edge.manifest import Architecture
 from gpt2_edge.onnxruntime_import import onnxruntime
 
 KeyValueViews = list[onnxruntime.OrtValue]  # key and value of layer 0, key and value of layer 1, ...
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceCache:
+    """The keys and values of one sequence, outside of any slot. Never changed, so it can be shared.
+
+    Attributes:
+        arrays: Key and value of layer 0, of layer 1, ..., each of shape [heads, tokens, head_size].
+    """
+
+    arrays: list[npt.NDArray[np.float32]]
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens it holds."""
+        return int(self.arrays[0].shape[1])
+
+    def first(self, tokens: int) -> "SequenceCache":
+        """Return the keys and values of at most the first `tokens` tokens, over the same memory."""
+        return self if tokens >= self.tokens else SequenceCache([array[:, :tokens] for array in self.arrays])
 
 
 class KVCache:
@@ -30,18 +53,25 @@ class KVCache:
 
     def views(self, first_slot: int, slots: int) -> KeyValueViews:
         """Return ONNX Runtime values over the memory of some consecutive slots."""
-        return [
-            onnxruntime.OrtValue.ortvalue_from_numpy(buffer[first_slot : first_slot + slots])
-            for buffer in self._buffers
-        ]
+        chosen = slice(first_slot, first_slot + slots)
+        return [onnxruntime.OrtValue.ortvalue_from_numpy(buffer[chosen]) for buffer in self._buffers]
 
-    def move(self, source: int, target: int, length: int) -> None:
+    def copy_slot(self, source: int, target: int, length: int) -> None:
         """Copy the first `length` tokens of a slot to another."""
         for buffer in self._buffers:
             buffer[target, :, :length] = buffer[source, :, :length]
 
-    def copy_from(self, other: "KVCache", lengths: dict[int, int]) -> None:
+    def copy_slots_from(self, other: "KVCache", lengths: Mapping[int, int]) -> None:
         """Copy slots of another cache, each up to its number of tokens, to the same slots of this one."""
         for buffer, source in zip(self._buffers, other._buffers, strict=True):
             for slot, length in lengths.items():
                 buffer[slot, :, :length] = source[slot, :, :length]
+
+    def save(self, slot: int, length: int) -> SequenceCache:
+        """Return a copy of the first `length` tokens of a slot."""
+        return SequenceCache([buffer[slot, :, :length].copy() for buffer in self._buffers])
+
+    def restore(self, slot: int, sequence: SequenceCache, length: int) -> None:
+        """Put the first `length` tokens of a saved sequence into a slot."""
+        for buffer, saved in zip(self._buffers, sequence.arrays, strict=True):
+            buffer[slot, :, :length] = saved[:, :length]

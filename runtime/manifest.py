@@ -4,6 +4,7 @@
 a message names the field at fault.
 """
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -92,6 +93,12 @@ class Manifest:
         """Return the text of `manifest.json`."""
         document = {"format_version": FORMAT_VERSION, **asdict(self)}
         return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+    @property
+    def content_sha256(self) -> str:
+        """SHA-256 over the names and hashes of all files: what tells one model from another."""
+        listing = "".join(f"{entry.sha256} {entry.name}\n" for entry in self.files)
+        return hashlib.sha256(listing.encode()).hexdigest()
 
     @property
     def size_bytes(self) -> int:

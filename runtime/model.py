@@ -1,31 +1,32 @@
 """The facade: load a model folder, generate, stream, look at the next token, score."""
 
-import secrets
-from collections.abc import Iterator, Sequence
-from hashlib import blake2b
+import asyncio
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self, Unpack, cast, overload
+from typing import Any, Final, Self, Unpack, cast, overload
 
 import numpy as np
 
-from gpt2_edge.engine import Engine, Row
-from gpt2_edge.errors import ContextLengthError, OptionError, PromptError
-from gpt2_edge.folder import ModelFolder, open_folder
+from gpt2_edge.core import ModelCore, Prompt, row_seeds
+from gpt2_edge.engine import Engine
+from gpt2_edge.errors import OptionError, PromptError
+from gpt2_edge.folder import open_folder
 from gpt2_edge.generation import GenerationRow, LogitsRow, NextTokenRow, ScoreRow
 from gpt2_edge.manifest import Manifest
-from gpt2_edge.options import GenerationOptions, OptionKeywords, make_options
+from gpt2_edge.options import OptionKeywords
 from gpt2_edge.results import Generation, NextToken, Piece, Score
 from gpt2_edge.sampling import keep
 from gpt2_edge.session import Logits, StepSession
+from gpt2_edge.session_file import SessionState, read_session
+from gpt2_edge.stream import TextStream
+from gpt2_edge.text_session import Session
 from gpt2_edge.threads import usable_cores
 from gpt2_edge.tokenizer import Tokenizer
 
-Prompt = str | Sequence[int]
 PromptList = list[str] | list[list[int]] | list[str | list[int]]
 
 DEVICES: Final = ("cpu", "auto")
-_DRAWN_SEED_BITS: Final = 32
 
 
 def load(
@@ -55,11 +56,16 @@ def load(
     opened = open_folder(folder)
     if verify_hashes:
         opened.check_hashes()
-    return Model(opened, Tokenizer(opened.tokenizer_path), StepSession(opened, threads))
+    session = StepSession(opened, threads)
+    core = ModelCore(opened.manifest, Tokenizer(opened.tokenizer_path), Engine(session))
+    return Model(core, threads, (folder, device, threads, verify_hashes))
 
 
 class Model:
     """A loaded GPT-2; made by `load`.
+
+    A model may be used from many threads at once: they share steps. A process that was forked after `load` has to
+    load its own; a pickled model is loaded again where it is unpickled.
 
     Attributes:
         device: Where it runs: "cpu".
@@ -67,17 +73,17 @@ class Model:
         threads: Threads that compute a step.
     """
 
-    def __init__(self, folder: ModelFolder, tokenizer: Tokenizer, session: StepSession) -> None:
+    def __init__(self, core: ModelCore, threads: int, loaded_with: tuple[str | Path, str, int, bool]) -> None:
         self.device = "cpu"
-        self.manifest: Manifest = folder.manifest
-        self.threads = session.threads
-        self._tokenizer = tokenizer
-        self._engine = Engine(session)
+        self.manifest: Manifest = core.manifest
+        self.threads = threads
+        self._core = core
+        self._loaded_with = loaded_with
 
     @property
     def context_length(self) -> int:
         """How many tokens the model can hold, prompt and continuation together."""
-        return self.manifest.architecture.context_length
+        return self._core.facts.context_length
 
     @overload
     def generate(self, prompt: Prompt, *, n: None = None, **options: Unpack[OptionKeywords]) -> Generation: ...
@@ -108,27 +114,12 @@ class Model:
             LogitsError: The model computed NaN.
             ModelClosedError: The model was closed.
         """
-        checked = make_options(options)
-        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-            raise OptionError(f"n is {n!r}: give an integer, 1 or more")
-        prompts = _list_of_prompts(prompt)
-        if n is not None and prompts is not None:
-            raise OptionError("n is for one prompt: repeat the prompts in the list instead")
-        if prompts is None:
-            prompts = [cast(Prompt, prompt)] * (n or 1)
-            one_result = n is None
-        else:
-            one_result = False
-        token_lists = [self._prompt_tokens(each) for each in prompts]
-        rows = [
-            self._generation_row(tokens, checked, seed)
-            for tokens, seed in zip(token_lists, _row_seeds(checked.seed, len(prompts)), strict=True)
-        ]
-        self._run(rows)
+        rows = self._generation_rows(prompt, n, options)
+        self._core.run(rows)
         results = [row.result() for row in rows]
-        return results[0] if one_result else results
+        return results[0] if n is None and _list_of_prompts(prompt) is None else results
 
-    def stream(self, prompt: Prompt, **options: Unpack[OptionKeywords]) -> "TextStream":
+    def stream(self, prompt: Prompt, **options: Unpack[OptionKeywords]) -> TextStream:
         """Continue a prompt piece by piece: the same options and the same text as `generate`.
 
         Args:
@@ -142,9 +133,31 @@ class Model:
             OptionError: An option is unknown or has a value that is not allowed.
             PromptError: The prompt is not text or token ids of this model; `ContextLengthError` if it is too long.
         """
-        checked = make_options(options)
-        (seed,) = _row_seeds(checked.seed, 1)
-        return TextStream(self._engine, self._generation_row(self._prompt_tokens(prompt), checked, seed))
+        if _list_of_prompts(cast(PromptList, prompt)) is not None:
+            raise PromptError("stream continues one prompt: give generate the list, or open a stream for each")
+        (row,) = self._generation_rows(prompt, None, options)
+        return TextStream(self._core.engine, row)
+
+    async def agenerate(self, prompt: Prompt, **options: Unpack[OptionKeywords]) -> Generation:
+        """Continue a prompt as `generate` does, in another thread; the event loop goes on meanwhile.
+
+        Cancelling the task stops the generation.
+        """
+        (row,) = self._generation_rows(prompt, None, options)
+        try:
+            await asyncio.to_thread(self._core.run, [row])
+        finally:
+            self._core.engine.leave([row])
+        return row.result()
+
+    async def astream(self, prompt: Prompt, **options: Unpack[OptionKeywords]) -> AsyncIterator[Piece]:
+        """Continue a prompt as `stream` does, computing in another thread; the event loop goes on meanwhile.
+
+        Cancelling the task, or leaving the loop and closing the iterator, stops the generation.
+        """
+        with self.stream(prompt, **options) as stream:
+            while (piece := await asyncio.to_thread(next, stream, None)) is not None:
+                yield piece
 
     def next_tokens(self, prompt: Prompt, k: int = 10) -> list[NextToken]:
         """Return the k likeliest next tokens with their probabilities, the likeliest first.
@@ -160,13 +173,14 @@ class Model:
         vocabulary_size = self.manifest.architecture.vocabulary_size
         if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= vocabulary_size:
             raise OptionError(f"k is {k!r}: give an integer from 1 to {vocabulary_size}")
-        row = NextTokenRow(self._prompt_tokens(prompt))
-        self._run([row])
+        row = NextTokenRow(self._core.prompt_tokens(prompt))
+        self._core.run([row])
         _, weights = keep(row.logits, temperature=1.0)
         probabilities = weights / weights.sum(dtype=np.float64)
         order = np.argsort(-row.logits, kind="stable")[:k]
         return [
-            NextToken(self._tokenizer.decode([token]), token, float(probabilities[token])) for token in order.tolist()
+            NextToken(self._core.tokenizer.decode([token]), token, float(probabilities[token]))
+            for token in order.tolist()
         ]
 
     def score(self, text: Prompt) -> Score:
@@ -178,15 +192,15 @@ class Model:
         Raises:
             PromptError: The text cannot be used, or has fewer than two tokens.
         """
-        tokens = self.tokenize(text) if isinstance(text, str) else self._checked_tokens(text)
+        tokens = self._core.tokens(text)
         if len(tokens) < 2:
             raise PromptError(
                 f"the text has {len(tokens)} token{'' if len(tokens) == 1 else 's'}: "
                 "a score needs at least 2, since the first has nothing before it"
             )
-        self._check_length(tokens)
+        self._core.check_length(tokens)
         row = ScoreRow(tokens)
-        self._run([row])
+        self._core.run([row])
         return Score(tokens, row.logprobs)
 
     def logits(self, prompt: Prompt) -> Logits:
@@ -201,21 +215,33 @@ class Model:
         Raises:
             PromptError: The prompt cannot be used.
         """
-        row = LogitsRow(self._prompt_tokens(prompt))
-        self._run([row])
+        row = LogitsRow(self._core.prompt_tokens(prompt))
+        self._core.run([row])
         return np.concatenate(row.chunks)
+
+    def session(self) -> Session:
+        """Return an empty text session: append, generate, go back, branch, save."""
+        return Session(self._core, SessionState())
+
+    def load_session(self, path: str | Path) -> Session:
+        """Return a session that `Session.save` wrote.
+
+        Raises:
+            SessionError: The file cannot be read, is damaged, or was saved with another model folder.
+        """
+        return Session(self._core, read_session(Path(path), self.manifest))
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of a text."""
-        return self._tokenizer.encode(text)
+        return self._core.tokenizer.encode(text)
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """Return the text of token ids; bytes that are not UTF-8 become U+FFFD."""
-        return self._tokenizer.decode(self._checked_tokens(tokens))
+        return self._core.tokenizer.decode(self._core.tokens(tokens))
 
     def close(self) -> None:
         """Free the model's memory; what is being generated fails. May be called again."""
-        self._engine.close()
+        self._core.engine.close()
 
     def __enter__(self) -> Self:
         return self
@@ -225,99 +251,35 @@ class Model:
     ) -> None:
         self.close()
 
-    def _run(self, rows: Sequence[Row]) -> None:
-        unfinished = [row for row in rows if not row.done]
-        self._engine.join(unfinished)
-        try:
-            self._engine.run_until(lambda: all(row.done for row in unfinished))
-        finally:
-            self._engine.leave(unfinished)
-        for row in unfinished:
-            if row.failure is not None:
-                raise row.failure
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _load_again, self._loaded_with
 
-    def _generation_row(self, prompt: list[int], options: GenerationOptions, seed: int) -> GenerationRow:
-        return GenerationRow(
-            prompt,
-            options,
-            seed,
-            self.context_length,
-            self.manifest.end_of_text,
-            self._tokenizer.token_bytes,
-        )
-
-    def _prompt_tokens(self, prompt: Prompt) -> list[int]:
-        tokens = self.tokenize(prompt) if isinstance(prompt, str) else self._checked_tokens(prompt)
-        if not tokens:
-            if self.manifest.end_of_text is None:
-                raise PromptError("the prompt is empty, and this model has no end-of-text token to start from")
-            tokens = [self.manifest.end_of_text]
-        self._check_length(tokens)
-        return tokens
-
-    def _check_length(self, tokens: list[int]) -> None:
-        if len(tokens) > self.context_length:
-            raise ContextLengthError(len(tokens), self.context_length)
-
-    def _checked_tokens(self, tokens: Sequence[int]) -> list[int]:
-        vocabulary_size = self.manifest.architecture.vocabulary_size
-        try:
-            checked = [int(token) for token in tokens]
-        except (TypeError, ValueError) as error:
-            raise PromptError(f"a prompt is {type(tokens).__name__}: give text or a list of token ids") from error
-        for token, given in zip(checked, tokens, strict=True):
-            if token != given or not 0 <= token < vocabulary_size:
-                raise PromptError(f"token {given!r}: this model has tokens 0 to {vocabulary_size - 1}")
-        return checked
+    def _generation_rows(
+        self, prompt: Prompt | PromptList, n: int | None, keywords: OptionKeywords
+    ) -> list[GenerationRow]:
+        options = self._core.options(keywords)
+        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
+            raise OptionError(f"n is {n!r}: give an integer, 1 or more")
+        prompts = _list_of_prompts(prompt)
+        if n is not None and prompts is not None:
+            raise OptionError("n is for one prompt: repeat the prompts in the list instead")
+        if prompts is None:
+            token_lists = [self._core.prompt_tokens(cast(Prompt, prompt))] * (n or 1)
+        else:
+            token_lists = [self._core.prompt_tokens(each) for each in prompts]
+        rows = [
+            GenerationRow(tokens, options, seed, self._core.facts)
+            for tokens, seed in zip(token_lists, row_seeds(options.seed, len(token_lists)), strict=True)
+        ]
+        if n is not None:
+            group = object()  # they share one prefill
+            for row in rows:
+                row.prompt_group = group
+        return rows
 
 
-class TextStream(Iterator[Piece]):
-    """The pieces of a continuation, computed as they are asked for; made by `Model.stream`.
-
-    Leaving the loop early is enough to stop; `close` or a `with` block says so at once.
-    """
-
-    def __init__(self, engine: Engine, row: GenerationRow) -> None:
-        self._engine = engine
-        self._row = row
-        self._joined = False
-
-    def __next__(self) -> Piece:
-        row = self._row
-        if not row.pieces:
-            if row.done:
-                raise StopIteration
-            if not self._joined:
-                self._engine.join([row])
-                self._joined = True
-            try:
-                self._engine.run_until(lambda: row.pieces or row.done)
-            except BaseException:
-                self.close()
-                raise
-            if row.failure is not None:
-                raise row.failure
-        return row.pieces.popleft()
-
-    @property
-    def result(self) -> Generation:
-        """Everything generated so far; `finish_reason` is "cancelled" unless it ended by itself."""
-        return self._row.result()
-
-    def close(self) -> None:
-        """Stop generating. `result` keeps what was generated; may be called again."""
-        self._engine.leave([self._row])
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __del__(self) -> None:
-        self.close()
+def _load_again(folder: str | Path, device: str, threads: int, verify_hashes: bool) -> Model:
+    return load(folder, device=device, threads=threads, verify_hashes=verify_hashes)
 
 
 def _list_of_prompts(prompt: Prompt | PromptList) -> list[Prompt] | None:
@@ -325,14 +287,3 @@ def _list_of_prompts(prompt: Prompt | PromptList) -> list[Prompt] | None:
     if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], str | list | tuple):
         return list(cast(Sequence[Prompt], prompt))
     return None
-
-
-def _row_seeds(seed: int | None, rows: int) -> list[int]:
-    """Return a seed for each row: the first is the given one, or a new one; the others are derived from it."""
-    first = secrets.randbits(_DRAWN_SEED_BITS) if seed is None else seed
-    return [first, *(_derived_seed(first, row) for row in range(1, rows))]
-
-
-def _derived_seed(seed: int, row: int) -> int:
-    digest = blake2b(f"{seed}/{row}".encode(), digest_size=_DRAWN_SEED_BITS // 8).digest()
-    return int.from_bytes(digest, "little")

@@ -53,7 +53,8 @@ class GenerationOptions:
 
     Attributes:
         max_new_tokens: Stop after this many tokens; 0 generates nothing.
-        min_new_tokens: Neither end-of-text nor a stop token is chosen before so many tokens.
+        min_new_tokens: Neither end-of-text nor a stop token is chosen before so many tokens, and stop texts in them
+            do not end the continuation.
         temperature: 0 takes the likeliest token (greedy); above 0 the logits are divided by it and a token is
             drawn. None means 1 if another option that narrows the draw is given, and greedy if none is.
         top_k: Draw from the k likeliest tokens only; None or 0 from all.

@@ -48,28 +48,6 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
-    """A finished continuation.
-
-    Attributes:
-        text: The continuation without the prompt.
-        tokens: Its token ids, without a final end-of-text.
-        finish_reason: "length" after `max_new_tokens`, "eos" at an end-of-text, "context" when the context was
-            full, "cancelled" when the caller closed the stream.
-        seed: Generating with this seed gives this text again.
-        prompt_tokens: How many tokens the prompt had.
-        timings: How long it took.
-    """
-
-    text: str
-    tokens: list[int]
-    finish_reason: FinishReason
-    seed: int
-    prompt_tokens: int
-    timings: Timings
-
-
-@dataclass(frozen=True, slots=True)
 class TokenLogprobs:
     """How likely the model found a chosen token, before any option changed its distribution.
 
@@ -82,6 +60,33 @@ class TokenLogprobs:
     token: int
     logprob: float
     likeliest: list[tuple[int, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A finished continuation.
+
+    Attributes:
+        text: The continuation without the prompt.
+        tokens: Its token ids, without a final end-of-text or stop token, and without those that a stop text lies in.
+        finish_reason: "length" after `max_new_tokens`, "eos" at an end-of-text, "stop" at a stop text or token,
+            "context" when the context was full, "cancelled" when the caller closed the stream or set `cancel`,
+            "deadline" when the time was over.
+        stop: The stop text, or the stop token, that ended it; None if none did.
+        seed: Generating with this seed gives this text again.
+        prompt_tokens: How many tokens the prompt had.
+        timings: How long it took.
+        logprobs: For each token, if they were asked for.
+    """
+
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason
+    stop: str | int | None
+    seed: int
+    prompt_tokens: int
+    timings: Timings
+    logprobs: list[TokenLogprobs] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
-"""Choose a token from logits.
+"""Choose a token from logits: the last step of `docs/sampling.md`.
 
-The order is temperature, top-k, top-p, draw. Pure functions; where equal tokens straddle a border the lower ids are
-kept. Nothing here sorts the vocabulary: top-k finds its border by the maxima of blocks, top-p sorts only the weights
-that can be part of the nucleus.
+The order is temperature, top-k, top-p, min-p, typical-p, draw. Pure functions; where equal tokens straddle a border the
+lower ids are kept. Nothing here sorts the vocabulary: top-k finds its border by the maxima of blocks, top-p and
+typical-p find theirs by histograms.
 """
 
+import math
 from typing import Final
 
 import numpy as np
@@ -15,10 +16,17 @@ from gpt2_edge.options import GenerationOptions
 
 Logits = npt.NDArray[np.float32]  # [vocabulary]
 TokenIds = npt.NDArray[np.int64]  # [kept], ascending
-Weights = npt.NDArray[np.float32]  # [kept], proportional to the probabilities, the largest is 1
+Weights = npt.NDArray[
+    np.float32
+]  # [kept], proportional to the probabilities, the largest is 1 unless typical-p is used
 
 _BLOCK: Final = 64
-_SMALLEST_TEMPERATURE: Final = 1e-30  # what float32 can still divide by; the likeliest token wins long before
+_BINS: Final = 1024
+_SORTED_AT_MOST: Final = 512  # so few keys are sorted sooner than counted
+# What float32 can still divide by; beyond these the likeliest token wins, or all are alike, anyway.
+_SMALLEST_TEMPERATURE: Final = 1e-30
+_LARGEST_TEMPERATURE: Final = 1e30
+_NUMBERS_PER_COUNT: Final = 4  # of Philox 4x64
 
 
 class RandomUniform:
@@ -26,13 +34,26 @@ class RandomUniform:
 
     Philox 4x64 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose raw output numpy keeps the
     same in all versions and on all platforms.
+
+    Args:
+        seed: Which stream.
+        position: How many of its numbers to skip.
+
+    Attributes:
+        position: How many numbers of the stream came before the next one.
     """
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, position: int = 0) -> None:
         self._philox = np.random.Philox(key=seed)
+        self.position = position
+        counts, numbers = divmod(position, _NUMBERS_PER_COUNT)
+        self._philox.advance(counts)
+        for _ in range(numbers):
+            self._philox.random_raw()
 
     def draw(self) -> float:
         """Return the next number, a multiple of 2**-53."""
+        self.position += 1
         return float(int(self._philox.random_raw()) >> 11) * 2.0**-53
 
 
@@ -40,8 +61,8 @@ def choose_token(logits: Logits, options: GenerationOptions, uniform: RandomUnif
     """Choose one token.
 
     Args:
-        logits: Raw logits, shape [vocabulary].
-        options: Temperature, top-k and top-p.
+        logits: Shape [vocabulary], after every step that changes them.
+        options: Temperature, top-k, top-p, min-p and typical-p.
         uniform: Used once, unless the choice is greedy.
 
     Raises:
@@ -50,7 +71,7 @@ def choose_token(logits: Logits, options: GenerationOptions, uniform: RandomUnif
     temperature = options.effective_temperature
     if temperature == 0:
         return greedy(logits)
-    token_ids, weights = keep(logits, temperature, options.top_k, options.top_p)
+    token_ids, weights = keep(logits, temperature, options.top_k, options.top_p, options.min_p, options.typical_p)
     index = draw_index(weights, uniform.draw())
     return index if token_ids is None else int(token_ids[index])
 
@@ -62,36 +83,54 @@ def greedy(logits: Logits) -> int:
         LogitsError: A logit is NaN or +inf, or all are -inf.
     """
     token = int(np.argmax(logits))  # the first NaN, if there is one
-    if not np.isfinite(logits[token]):
-        raise _unusable(logits[token])
+    fault = _fault(float(logits[token]))
+    if fault is not None:
+        raise LogitsError(
+            f"the model computed {fault}, so no token can be chosen: "
+            "check the folder with `gpt2-edge verify`, and whether its weights are finite"
+        )
     return token
 
 
+def find_fault(logits: Logits) -> str | None:
+    """Say why no token can be chosen from logits; None if one can."""
+    return _fault(float(logits[np.argmax(logits)]))
+
+
 def keep(
-    logits: Logits, temperature: float, top_k: int | None = None, top_p: float | None = None
+    logits: Logits,
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    typical_p: float | None = None,
 ) -> tuple[TokenIds | None, Weights]:
     """Return the tokens that may be drawn (None: all), and weights proportional to their probabilities.
 
+    Each of the four narrows what the one before it has kept.
+
     Args:
-        logits: Raw logits, shape [vocabulary].
+        logits: Shape [vocabulary].
         temperature: Above 0.
         top_k: Keep the k likeliest; None or 0 keeps all.
-        top_p: Of those, keep the fewest likeliest whose probabilities reach this; None or 1 keeps all.
+        top_p: Keep the fewest likeliest whose probabilities reach this; None or 1 keeps all.
+        min_p: Keep those that are at least this fraction as likely as the likeliest; None or 0 keeps all.
+        typical_p: Keep the fewest whose information is closest to the entropy and whose probabilities reach this;
+            None or 1 keeps all.
 
     Raises:
         LogitsError: A logit is NaN or +inf, or all are -inf.
     """
     largest = logits[greedy(logits)]
     token_ids = keep_top_k(logits, top_k) if top_k and top_k < logits.size else None
-    # In place: fresh pages for arrays as long as the vocabulary cost more than the arithmetic.
-    weights = (logits if token_ids is None else logits[token_ids]) - largest
-    with np.errstate(over="ignore"):  # a gap beyond float32 is -inf, and its weight 0
-        weights /= np.float32(max(temperature, _SMALLEST_TEMPERATURE))
-    np.exp(weights, out=weights)
-    if top_p is None or top_p >= 1:
-        return token_ids, weights
-    kept = keep_top_p(weights, top_p)
-    return (kept if token_ids is None else token_ids[kept]), weights[kept]
+    weights = _weights(logits if token_ids is None else logits[token_ids], largest, temperature)
+    if top_p is not None and top_p < 1:
+        token_ids, weights = _narrow(token_ids, weights, keep_top_p(weights, top_p))
+    if min_p:
+        token_ids, weights = _narrow(token_ids, weights, keep_min_p(weights, min_p))
+    if typical_p is not None and typical_p < 1:
+        token_ids, weights = _narrow(token_ids, weights, keep_typical_p(weights, typical_p))
+    return token_ids, weights
 
 
 def keep_top_k(logits: Logits, count: int) -> TokenIds:
@@ -116,15 +155,32 @@ def keep_top_p(weights: Weights, top_p: float) -> TokenIds:
     """Return the indices of the fewest largest weights whose share reaches `top_p`, in ascending order.
 
     The weight that crosses the border is kept, so at least one is; of equal weights the lowest indices are kept.
-    Weights below (1 - top_p) / count of the sum are less than 1 - top_p of it together: they need not be sorted.
+    Weights below (1 - top_p) / count of the sum are less than 1 - top_p of it together, so they are not looked at.
     """
     total = float(weights.sum(dtype=np.float64))
     candidates = np.flatnonzero(weights >= (1 - top_p) * total / weights.size)
-    values = weights[candidates]
-    descending = np.sort(values)[::-1]
-    reached = np.cumsum(descending, dtype=np.float64)
-    count = min(int(np.searchsorted(reached, top_p * total, side="left")) + 1, values.size)
-    return candidates[_largest(values, count, descending[count - 1])]
+    values = weights[candidates].astype(np.float64)
+    return candidates[_fewest(-values, values, top_p * total)]
+
+
+def keep_min_p(weights: Weights, min_p: float) -> TokenIds:
+    """Return the indices of the weights that are at least `min_p` of the largest, in ascending order."""
+    return np.flatnonzero(weights >= np.float32(min_p) * weights.max())
+
+
+def keep_typical_p(weights: Weights, typical_p: float) -> TokenIds:
+    """Return the indices of the fewest most typical weights whose share reaches `typical_p`, in ascending order.
+
+    A token is typical if its information is close to the entropy (Meister et al. 2022, "Locally Typical Sampling").
+    With p = weight / sum, |-log p - entropy| is |log weight - mean of log weight|, the mean being taken over p.
+    The token that crosses the border is kept, so at least one is; of equally typical ones the lowest indices are kept.
+    """
+    candidates = np.flatnonzero(weights)  # what has weight 0 has infinite information
+    values = weights[candidates].astype(np.float64)
+    logarithms = np.log(values)
+    total = float(values.sum())
+    distances = np.abs(logarithms - float((values * logarithms).sum()) / total)
+    return candidates[_fewest(distances, values, typical_p * total)]
 
 
 def draw_index(weights: Weights, uniform: float) -> int:
@@ -149,26 +205,66 @@ def _first_above(ends: npt.NDArray[np.float64], target: float) -> int:
     return min(index, int(np.searchsorted(ends, ends[-1], side="left")))
 
 
+def _weights(logits: Logits, largest: np.float32, temperature: float) -> Weights:
+    # In place: fresh pages for arrays as long as the vocabulary cost more than the arithmetic.
+    with np.errstate(over="ignore"):  # a gap beyond float32 is -inf, and its weight 0
+        weights = logits - largest
+        weights /= np.float32(min(max(temperature, _SMALLEST_TEMPERATURE), _LARGEST_TEMPERATURE))
+    return np.exp(weights, out=weights)
+
+
+def _narrow(token_ids: TokenIds | None, weights: Weights, kept: TokenIds) -> tuple[TokenIds, Weights]:
+    return (kept if token_ids is None else token_ids[kept]), weights[kept]
+
+
 def _nth_largest(values: npt.NDArray[np.float32], n: int) -> np.float32:
     return np.float32(np.partition(values, values.size - n)[values.size - n])
 
 
 def _largest(values: npt.NDArray[np.float32], count: int, smallest_kept: np.float32) -> npt.NDArray[np.int64]:
     """Return the indices of the `count` largest values, given the smallest of them."""
-    above = values > smallest_kept
-    kept = above | (values == smallest_kept)
+    return _smallest(-values, count, float(-smallest_kept))
+
+
+def _smallest(keys: npt.NDArray[np.floating], count: int, largest_kept: float) -> npt.NDArray[np.int64]:
+    """Return the indices of the `count` smallest keys, given the largest of them; of equal ones the lowest indices."""
+    kept = keys <= largest_kept
     surplus = int(np.count_nonzero(kept)) - count
     if surplus:
-        kept[np.flatnonzero(kept & ~above)[-surplus:]] = False
+        kept[np.flatnonzero(keys == largest_kept)[-surplus:]] = False
     return np.flatnonzero(kept)
 
 
-def _unusable(logit: np.float32) -> LogitsError:
-    if np.isnan(logit):
-        found = "NaN among the logits"
-    else:
-        found = "+inf among the logits" if logit > 0 else "only -inf as logits"
-    return LogitsError(
-        f"the model computed {found}, so no token can be chosen: "
-        "check the folder with `gpt2-edge verify`, and whether its weights are finite"
-    )
+def _fewest(keys: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], target: float) -> npt.NDArray[np.int64]:
+    """Return the indices of the fewest smallest keys whose weights add up to `target`, at least one.
+
+    Of equal keys the lowest indices are taken, and the returned ones ascend. The keys between which the border lies
+    are found by histograms of their weights, each within one bin of the one before; only the last few are sorted.
+    """
+    reached = 0.0
+    near, near_weights = keys, weights
+    while near.size > _SORTED_AT_MOST and (lowest := float(near.min())) < (highest := float(near.max())):
+        bins = ((near - lowest) * (_BINS / (highest - lowest))).astype(np.intp)
+        ends = reached + np.cumsum(np.bincount(bins, near_weights))
+        border = _first_reaching(ends, target)
+        reached = float(ends[border - 1]) if border else reached
+        within = bins == border
+        near, near_weights = near[within], near_weights[within]
+    order = np.argsort(near, kind="stable")
+    last = _first_reaching(reached + np.cumsum(near_weights[order]), target)
+    largest_kept = float(near[order[last]])
+    count = int(np.count_nonzero(keys < near[order[0]])) + last + 1
+    return _smallest(keys, count, largest_kept)
+
+
+def _first_reaching(ends: npt.NDArray[np.float64], target: float) -> int:
+    # Rounding can leave the very end below the target.
+    return min(int(np.searchsorted(ends, target, side="left")), ends.size - 1)
+
+
+def _fault(largest: float) -> str | None:
+    if math.isnan(largest):
+        return "NaN among the logits"
+    if math.isfinite(largest):
+        return None
+    return "+inf among the logits" if largest > 0 else "only -inf as logits"

@@ -11,7 +11,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -98,6 +98,24 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     manifest = replace(manifest, files=files)
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8", newline="\n")
     return manifest
+
+
+def write_file(path: Path, parts: Iterable[bytes]) -> None:
+    """Write a file that appears whole or not at all, in place of one of that name.
+
+    Raises:
+        OSError: It cannot be written; what was there before still is.
+    """
+    descriptor, temporary = tempfile.mkstemp(prefix=_temporary_prefix(path), dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def _temporary_prefix(destination: Path) -> str:

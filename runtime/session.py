@@ -3,7 +3,7 @@
 Knows the graph's inputs and outputs, threads and bindings; knows nothing about text, sampling or who asks.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy.typing as npt
 from gpt2_edge.errors import ModelFolderError
 from gpt2_edge.folder import ModelFolder
 from gpt2_edge.graph_names import key_value_names
-from gpt2_edge.kv_cache import KVCache
+from gpt2_edge.kv_cache import KVCache, SequenceCache
 from gpt2_edge.onnxruntime_import import onnxruntime
 
 Logits = npt.NDArray[np.float32]
@@ -43,8 +43,14 @@ class StepSession:
         self._cache = KVCache(self.architecture, slots=1)
         self._decode_steps: dict[int, _DecodeStep] = {}
         self._prefill_bindings: dict[int, Any] = {}
+        self._prefill_options = onnxruntime.RunOptions()
 
-    def reserve_slots(self, slots: int, lengths: dict[int, int]) -> None:
+    @property
+    def slots(self) -> int:
+        """How many sequences there is room for."""
+        return self._cache.slots
+
+    def reserve_slots(self, slots: int, lengths: Mapping[int, int]) -> None:
         """Make room for at least this many sequences.
 
         Args:
@@ -52,7 +58,7 @@ class StepSession:
             lengths: The slots in use and how many tokens each holds, which are kept.
         """
         if slots > self._cache.slots:
-            self._replace_cache(max(slots, 2 * self._cache.slots), lengths)
+            self._replace_cache(slots, lengths)
 
     def release_spare_slots(self) -> None:
         """Give the memory of all slots but one back; what they held is lost."""
@@ -86,7 +92,8 @@ class StepSession:
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
-        self._session.run_with_iobinding(binding)
+        self._prefill_options = onnxruntime.RunOptions()
+        self._session.run_with_iobinding(binding, self._prefill_options)
         return logits
 
     def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
@@ -108,13 +115,31 @@ class StepSession:
         self._session.run_with_iobinding(step.binding)
         return step.logits
 
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copy the first `length` tokens of a slot to another."""
-        self._cache.move(source, target, length)
+    def terminate_prefill(self) -> None:
+        """Make the prefill that runs in another thread fail soon; no effect on any other."""
+        self._prefill_options.terminate = True
 
-    def _replace_cache(self, slots: int, lengths: dict[int, int]) -> None:
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` tokens of a slot to another."""
+        self._cache.copy_slot(source, target, length)
+
+    def save(self, slot: int, length: int) -> SequenceCache:
+        """Return a copy of the first `length` tokens of a slot."""
+        return self._cache.save(slot, length)
+
+    def restore(self, slot: int, sequence: SequenceCache, length: int) -> None:
+        """Put the first `length` tokens of a saved sequence into a slot."""
+        self._cache.restore(slot, sequence, length)
+
+    def close(self) -> None:
+        """Free the graph, the weights and the cache; nothing else may be called after."""
+        self._decode_steps.clear()
+        self._prefill_bindings.clear()
+        del self._session, self._cache
+
+    def _replace_cache(self, slots: int, lengths: Mapping[int, int]) -> None:
         cache = KVCache(self.architecture, slots)
-        cache.copy_from(self._cache, lengths)
+        cache.copy_slots_from(self._cache, lengths)
         self._decode_steps.clear()
         self._prefill_bindings.clear()
         self._cache = cache

@@ -1,0 +1,121 @@
+"""What the facade and its sessions share: the loaded parts of a model, and how prompts and options are checked."""
+
+import secrets
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Final
+
+from gpt2_edge.engine import Engine, Row
+from gpt2_edge.errors import ContextLengthError, OptionError, PromptError
+from gpt2_edge.generation import ModelFacts
+from gpt2_edge.manifest import Manifest
+from gpt2_edge.options import GenerationOptions, OptionKeywords, make_options
+from gpt2_edge.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+_DRAWN_SEED_BITS: Final = 32
+
+
+class ModelCore:
+    """The loaded parts of a model.
+
+    Attributes:
+        manifest: What the model folder says about itself.
+        tokenizer: Text to tokens and back.
+        engine: Computes rows.
+        facts: What a continuation needs to know.
+    """
+
+    def __init__(self, manifest: Manifest, tokenizer: Tokenizer, engine: Engine) -> None:
+        self.manifest = manifest
+        self.tokenizer = tokenizer
+        self.engine = engine
+        self.facts = ModelFacts(manifest.architecture.context_length, manifest.end_of_text, tokenizer.token_bytes)
+
+    def run(self, rows: Sequence[Row]) -> None:
+        """Compute rows until all are done.
+
+        Raises:
+            BaseException: The failure of the first row that failed.
+        """
+        unfinished = [row for row in rows if not row.done]
+        self.engine.join(unfinished)
+        try:
+            self.engine.run_until(lambda: all(row.done for row in unfinished))
+        finally:
+            self.engine.leave(unfinished)
+        for row in unfinished:
+            if row.failure is not None:
+                raise row.failure
+
+    def options(self, keywords: OptionKeywords) -> GenerationOptions:
+        """Return validated options, whose token ids this model has.
+
+        Raises:
+            OptionError: An option is unknown or has a value that is not allowed.
+        """
+        options = make_options(keywords)
+        vocabulary_size = self.manifest.architecture.vocabulary_size
+        for name in ("logit_bias", "banned_tokens", "stop_tokens"):
+            for token in getattr(options, name):
+                if token >= vocabulary_size:
+                    raise OptionError(f"{name} has token {token}: this model has tokens 0 to {vocabulary_size - 1}")
+        return options
+
+    def tokens(self, text: Prompt) -> list[int]:
+        """Return the token ids of a text, or check token ids.
+
+        Raises:
+            PromptError: It is not text or token ids of this model.
+        """
+        if isinstance(text, str):
+            return self.tokenizer.encode(text)
+        vocabulary_size = self.manifest.architecture.vocabulary_size
+        try:
+            checked = [int(token) for token in text]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise PromptError(f"the prompt is {_describe(text)}: give text or a list of token ids") from error
+        for token, given in zip(checked, text, strict=True):
+            if isinstance(given, bool | str | bytes) or token != given or not 0 <= token < vocabulary_size:
+                raise PromptError(f"token {given!r}: this model has tokens 0 to {vocabulary_size - 1}")
+        return checked
+
+    def prompt_tokens(self, prompt: Prompt) -> list[int]:
+        """Return the tokens of a prompt, which are at least one: an empty one starts from end-of-text.
+
+        Raises:
+            PromptError: It cannot be used; `ContextLengthError` if it is too long.
+        """
+        tokens = self.tokens(prompt)
+        if not tokens:
+            if self.manifest.end_of_text is None:
+                raise PromptError("the prompt is empty, and this model has no end-of-text token to start from")
+            tokens = [self.manifest.end_of_text]
+        self.check_length(tokens)
+        return tokens
+
+    def check_length(self, tokens: Sequence[int]) -> None:
+        """Refuse what does not fit the context.
+
+        Raises:
+            ContextLengthError: It does not.
+        """
+        if len(tokens) > self.facts.context_length:
+            raise ContextLengthError(len(tokens), self.facts.context_length)
+
+
+def row_seeds(seed: int | None, rows: int) -> list[int]:
+    """Return a seed for each row: the first is the given one, or a new one; the others are derived from it."""
+    first = secrets.randbits(_DRAWN_SEED_BITS) if seed is None else seed
+    return [first, *(_derived_seed(first, row) for row in range(1, rows))]
+
+
+def _derived_seed(seed: int, row: int) -> int:
+    digest = blake2b(f"{seed}/{row}".encode(), digest_size=_DRAWN_SEED_BITS // 8).digest()
+    return int.from_bytes(digest, "little")
+
+
+def _describe(value: object) -> str:
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"

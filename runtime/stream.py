@@ -1,0 +1,64 @@
+"""The pieces of a continuation, computed as they are asked for."""
+
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Self
+
+from gpt2_edge.engine import Engine
+from gpt2_edge.generation import GenerationRow
+from gpt2_edge.results import Generation, Piece
+
+
+class TextStream(Iterator[Piece]):
+    """The pieces of a continuation, computed as they are asked for; made by `Model.stream` and `Session.stream`.
+
+    Leaving the loop early is enough to stop; `close` or a `with` block says so at once. `close` may be called from
+    another thread, and ends a prefill that is going on.
+
+    Args:
+        engine: Computes.
+        row: What is generated.
+    """
+
+    def __init__(self, engine: Engine, row: GenerationRow) -> None:
+        self._engine = engine
+        self._row = row
+        self._joined = False
+
+    def __next__(self) -> Piece:
+        row = self._row
+        if not row.pieces:
+            if row.done or row.abandoned:
+                raise StopIteration
+            try:
+                if not self._joined:
+                    self._engine.join([row])
+                    self._joined = True
+                self._engine.run_until(lambda: row.pieces or row.done)
+            except BaseException:
+                self.close()
+                raise
+            if row.failure is not None:
+                raise row.failure
+        return row.pieces.popleft()
+
+    @property
+    def result(self) -> Generation:
+        """Everything generated so far; `finish_reason` is "cancelled" unless it ended by itself."""
+        return self._row.result()
+
+    def close(self) -> None:
+        """Stop generating. `result` keeps what was generated; may be called again."""
+        self._engine.leave([self._row])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # May run at any moment, also inside the engine: so nothing but a mark that it looks at between steps.
+        self._row.abandoned = True
