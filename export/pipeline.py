@@ -57,7 +57,7 @@ def export_checkpoint(checkpoint: Path, destination: Path) -> Manifest:
             progress.start("writing the graph and the weights")
             save(model, folder / GRAPH_NAME)
             # Not `tokenizer.save`, which raises a plain Exception when the disk is full.
-            (folder / TOKENIZER_NAME).write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n")
+            (folder / TOKENIZER_NAME).write_text(tokenizer.to_str(), encoding="utf-8", newline="\n")
             progress.advance()
             progress.start("comparing with the checkpoint")
             parity = check_parity(folder / GRAPH_NAME, weights, config, progress.advance)

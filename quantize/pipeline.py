@@ -54,17 +54,20 @@ def quantize_folder(source: Path, destination: Path, recipe: Recipe) -> Manifest
     manifest = opened.manifest
     if manifest.precision != "fp32":
         raise QuantizationError(f"{source} is {manifest.precision}: give the fp32 folder that it was made from")
-    layers = manifest.architecture.layers
-    matrices = 4 * layers + (1 if manifest.architecture.tied_head else 2)  # of the blocks, and embedding and head
+    uses = 4 * manifest.architecture.layers + 2  # products of the blocks, the head's product, the embedding's lookup
+    matrices = uses - 1 if manifest.architecture.tied_head else uses
     with Progress("quantize", total=matrices + 2) as progress:
         progress.start(f"rounding the matrices ({recipe.name})")
         model = onnx_ir.load(opened.graph_path)
-        quantized_names = quantize_matrices(
+        replaced = quantize_matrices(
             model, recipe, lambda matrix: round_to_nearest(matrix, recipe.block_size), progress.advance
         )
-        if len(quantized_names) != matrices:
+        quantized = len(set(replaced))
+        # The tracer keeps small matrices that are equal as one, so there may be fewer than the blocks have.
+        if len(replaced) != uses or quantized > matrices:
             raise QuantizationError(
-                f"{len(quantized_names)} matrices were quantized where the model has {matrices}: export it again"
+                f"{quantized} matrices were quantized in {len(replaced)} places, where the model has {matrices} in "
+                f"{uses}: export it again"
             )
         with new_folder(destination) as folder:
             progress.start("writing the graph and the weights")
@@ -76,7 +79,7 @@ def quantize_folder(source: Path, destination: Path, recipe: Recipe) -> Manifest
             draft = replace(
                 manifest,
                 precision=recipe.precision,
-                recipe={**asdict(recipe), "quantized_matrices": len(quantized_names)},
+                recipe={**asdict(recipe), "quantized_matrices": quantized},
                 tools={**manifest.tools, "gpt2-edge": VERSION, "onnx-ir": metadata.version("onnx-ir")},
                 measured={},
             )

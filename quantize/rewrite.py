@@ -36,7 +36,8 @@ def quantize_matrices(
         on_matrix: Called after each matrix.
 
     Returns:
-        The names of the quantized matrices.
+        The name of the quantized matrix for each product and each lookup that was replaced: that of a tied embedding
+        comes twice.
 
     Raises:
         QuantizationError: A weight is not finite, or the graph is not of the expected form.
@@ -51,7 +52,7 @@ def quantize_matrices(
             rewriter.replace_embedding(node)
     rewriter.drop_unused()
     model.opset_imports["com.microsoft"] = 1
-    return rewriter.quantized_names
+    return rewriter.replaced
 
 
 class _Rewriter:
@@ -61,10 +62,7 @@ class _Rewriter:
         self._quantizer = quantizer
         self._on_matrix = on_matrix
         self._matrices: dict[str, tuple[BlockwiseMatrix, Value, Value]] = {}
-
-    @property
-    def quantized_names(self) -> list[str]:
-        return list(self._matrices)
+        self.replaced: list[str] = []
 
     def replace_linear(self, matmul: Node) -> None:
         """`MatMul(x, weight [inputs, outputs])` and the `Add` of its bias."""
@@ -138,13 +136,15 @@ class _Rewriter:
                 self._constant(f"{name}.scales", matrix.scales),
             )
             self._on_matrix()
+        self.replaced.append(name)
         _, packed, scales = self._matrices[name]
         return packed, scales
 
     def _matmul_n_bits(
         self, weight: Value | None, x: Value | None, packed: Value, scales: Value, bias: Value | None
     ) -> Node:
-        matrix, _, _ = self._matrices[_name(weight)]
+        prefix = _name(weight)
+        matrix, _, _ = self._matrices[prefix]
         inputs = [x, packed, scales]
         if bias is not None:
             inputs += [None, None, bias]  # no zero points, no permutation of the columns
@@ -159,7 +159,7 @@ class _Rewriter:
                 "accuracy_level": _INTEGER_PRODUCTS,
             },
             domain="com.microsoft",
-            name=f"{_name(weight)}.MatMulNBits",
+            name=f"{prefix}.MatMulNBits.{self.replaced.count(prefix)}",
         )
 
     def _constant(self, name: str, array: npt.NDArray[np.generic] | np.generic) -> Value:

@@ -20,12 +20,15 @@ Weights = npt.NDArray[
     np.float32
 ]  # [kept], proportional to the probabilities, the largest is 1 unless typical-p is used
 
+Keys = npt.NDArray[np.int32]
+
 _BLOCK: Final = 64
-_BINS: Final = 1024
-_SORTED_AT_MOST: Final = 512  # so few keys are sorted sooner than counted
+_BIN_BITS: Final = 10
+_SORTED_AT_MOST: Final = 256  # so few keys are sorted sooner than counted
 # What float32 can still divide by; beyond these the likeliest token wins, or all are alike, anyway.
 _SMALLEST_TEMPERATURE: Final = 1e-30
 _LARGEST_TEMPERATURE: Final = 1e30
+_SMALLEST_WEIGHT: Final = np.finfo(np.float32).tiny  # whose logarithm is taken
 _NUMBERS_PER_COUNT: Final = 4  # of Philox 4x64
 
 
@@ -155,12 +158,8 @@ def keep_top_p(weights: Weights, top_p: float) -> TokenIds:
     """Return the indices of the fewest largest weights whose share reaches `top_p`, in ascending order.
 
     The weight that crosses the border is kept, so at least one is; of equal weights the lowest indices are kept.
-    Weights below (1 - top_p) / count of the sum are less than 1 - top_p of it together, so they are not looked at.
     """
-    total = float(weights.sum(dtype=np.float64))
-    candidates = np.flatnonzero(weights >= (1 - top_p) * total / weights.size)
-    values = weights[candidates].astype(np.float64)
-    return candidates[_fewest(-values, values, top_p * total)]
+    return _fewest(-_bits(weights), weights, top_p)
 
 
 def keep_min_p(weights: Weights, min_p: float) -> TokenIds:
@@ -175,12 +174,11 @@ def keep_typical_p(weights: Weights, typical_p: float) -> TokenIds:
     With p = weight / sum, |-log p - entropy| is |log weight - mean of log weight|, the mean being taken over p.
     The token that crosses the border is kept, so at least one is; of equally typical ones the lowest indices are kept.
     """
-    candidates = np.flatnonzero(weights)  # what has weight 0 has infinite information
-    values = weights[candidates].astype(np.float64)
-    logarithms = np.log(values)
-    total = float(values.sum())
-    distances = np.abs(logarithms - float((values * logarithms).sum()) / total)
-    return candidates[_fewest(distances, values, typical_p * total)]
+    distances = np.maximum(weights, _SMALLEST_WEIGHT)
+    np.log(distances, out=distances)
+    mean = (weights * distances).sum(dtype=np.float64) / weights.sum(dtype=np.float64)
+    distances -= np.float32(mean)
+    return _fewest(_bits(np.abs(distances, out=distances)), weights, typical_p)
 
 
 def draw_index(weights: Weights, uniform: float) -> int:
@@ -221,40 +219,48 @@ def _nth_largest(values: npt.NDArray[np.float32], n: int) -> np.float32:
     return np.float32(np.partition(values, values.size - n)[values.size - n])
 
 
-def _largest(values: npt.NDArray[np.float32], count: int, smallest_kept: np.float32) -> npt.NDArray[np.int64]:
+def _largest(values: npt.NDArray[np.float32], count: int, smallest_kept: np.float32) -> TokenIds:
     """Return the indices of the `count` largest values, given the smallest of them."""
-    return _smallest(-values, count, float(-smallest_kept))
+    return _without_surplus(values >= smallest_kept, values == smallest_kept, count)
 
 
-def _smallest(keys: npt.NDArray[np.floating], count: int, largest_kept: float) -> npt.NDArray[np.int64]:
-    """Return the indices of the `count` smallest keys, given the largest of them; of equal ones the lowest indices."""
-    kept = keys <= largest_kept
+def _without_surplus(kept: npt.NDArray[np.bool_], on_border: npt.NDArray[np.bool_], count: int) -> TokenIds:
+    """Return `count` kept indices in ascending order; the highest ones on the border are left out."""
     surplus = int(np.count_nonzero(kept)) - count
     if surplus:
-        kept[np.flatnonzero(keys == largest_kept)[-surplus:]] = False
+        kept[np.flatnonzero(on_border)[-surplus:]] = False
     return np.flatnonzero(kept)
 
 
-def _fewest(keys: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], target: float) -> npt.NDArray[np.int64]:
-    """Return the indices of the fewest smallest keys whose weights add up to `target`, at least one.
+def _fewest(keys: Keys, weights: Weights, share: float) -> TokenIds:
+    """Return the indices of the fewest smallest keys whose weights reach a share of all weights, at least one.
 
-    Of equal keys the lowest indices are taken, and the returned ones ascend. The keys between which the border lies
-    are found by histograms of their weights, each within one bin of the one before; only the last few are sorted.
+    Of equal keys the lowest indices are taken, and the returned ones ascend. The key on the border is found by a
+    histogram of the weights, then by one within the bin that holds the border, and so on: only few keys are sorted.
     """
-    reached = 0.0
     near, near_weights = keys, weights
-    while near.size > _SORTED_AT_MOST and (lowest := float(near.min())) < (highest := float(near.max())):
-        bins = ((near - lowest) * (_BINS / (highest - lowest))).astype(np.intp)
+    reached, target = 0.0, -1.0
+    while (lowest := int(near.min())) < (highest := int(near.max())) and near.size > _SORTED_AT_MOST:
+        bins = near - lowest
+        bins >>= max(0, (highest - lowest).bit_length() - _BIN_BITS)
         ends = reached + np.cumsum(np.bincount(bins, near_weights))
+        target = share * ends[-1] if target < 0 else target
         border = _first_reaching(ends, target)
         reached = float(ends[border - 1]) if border else reached
-        within = bins == border
+        within = np.flatnonzero(bins == border)
         near, near_weights = near[within], near_weights[within]
-    order = np.argsort(near, kind="stable")
-    last = _first_reaching(reached + np.cumsum(near_weights[order]), target)
-    largest_kept = float(near[order[last]])
-    count = int(np.count_nonzero(keys < near[order[0]])) + last + 1
-    return _smallest(keys, count, largest_kept)
+    if lowest < highest:
+        order = np.argsort(near, kind="stable")
+        near, near_weights = near[order], near_weights[order]
+    ends = reached + np.cumsum(near_weights, dtype=np.float64)
+    last = _first_reaching(ends, share * ends[-1] if target < 0 else target)
+    count = int(np.count_nonzero(keys < lowest)) + last + 1
+    return _without_surplus(keys <= near[last], keys == near[last], count)
+
+
+def _bits(values: npt.NDArray[np.float32]) -> Keys:
+    """Return integers in the order of numbers that are not negative."""
+    return values.view(np.int32)
 
 
 def _first_reaching(ends: npt.NDArray[np.float64], target: float) -> int:

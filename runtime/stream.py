@@ -27,20 +27,13 @@ class TextStream(Iterator[Piece]):
 
     def __next__(self) -> Piece:
         row = self._row
-        if not row.pieces:
-            if row.done or row.abandoned:
-                raise StopIteration
-            try:
-                if not self._joined:
-                    self._engine.join([row])
-                    self._joined = True
-                self._engine.run_until(lambda: row.pieces or row.done)
-            except BaseException:
-                self.close()
-                raise
-            if row.failure is not None:
-                raise row.failure
-        return row.pieces.popleft()
+        if not row.pieces and not row.done and not row.abandoned:
+            self._compute()
+        if row.pieces:
+            return row.pieces.popleft()
+        if row.failure is not None:
+            raise row.failure
+        raise StopIteration
 
     @property
     def result(self) -> Generation:
@@ -50,6 +43,17 @@ class TextStream(Iterator[Piece]):
     def close(self) -> None:
         """Stop generating. `result` keeps what was generated; may be called again."""
         self._engine.leave([self._row])
+
+    def _compute(self) -> None:
+        row = self._row
+        try:
+            if not self._joined:
+                self._engine.join([row])
+                self._joined = True
+            self._engine.run_until(lambda: row.pieces or row.done)
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> Self:
         return self

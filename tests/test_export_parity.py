@@ -5,19 +5,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import gpt2_edge
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedModel
+from transformers.activations import ACT2FN
+
+import gpt2_edge
 from gpt2_edge.export import export_checkpoint
 from gpt2_edge.export.activations import ACTIVATIONS
 from gpt2_edge.export.config import read_config
 from gpt2_edge.export.weights import read_weights
-from safetensors.torch import load_file, save_file
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedModel
-from transformers.activations import ACT2FN
 
 FloatArray = npt.NDArray[np.float32]
 

@@ -15,12 +15,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `generate`."""
     add_model_arguments(parser)
     add_prompt_argument(parser)
-    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (default: 128)")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy, the default without --top-k/-p")
-    parser.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that reach P")
-    parser.add_argument("--seed", type=int, metavar="S", help="repeat what was drawn with this seed")
-    parser.add_argument("--ignore-eos", action="store_true", default=None, help="go on after an end-of-text token")
+    length = parser.add_argument_group("length")
+    length.add_argument("--max-new-tokens", type=int, metavar="N", help="stop after N tokens (default: 128)")
+    length.add_argument("--min-new-tokens", type=int, metavar="N", help="do not end before N tokens")
+    length.add_argument("--stop", action="append", metavar="STR", help="end before this text; may be repeated")
+    length.add_argument("--ignore-eos", action="store_true", default=None, help="go on after an end-of-text token")
+    length.add_argument("--overflow", metavar="HOW", help="when the context is full: stop (the default) or slide")
+    length.add_argument("--keep-tokens", type=int, metavar="N", help="with slide: never forget the first N tokens")
+    length.add_argument("--deadline-seconds", type=float, metavar="S", help="end after S seconds")
+    choice = parser.add_argument_group("choice of tokens (greedy, unless one of the first five is given)")
+    choice.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; higher is more varied")
+    choice.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest tokens")
+    choice.add_argument("--top-p", type=float, metavar="P", help="draw from the likeliest tokens that reach P together")
+    choice.add_argument(
+        "--min-p", type=float, metavar="P", help="draw from tokens at least P times as likely as the first"
+    )
+    choice.add_argument("--typical-p", type=float, metavar="P", help="draw from the most typical tokens that reach P")
+    choice.add_argument("--repetition-penalty", type=float, metavar="X", help="1 is off, 1.1 is mild")
+    choice.add_argument("--presence-penalty", type=float, metavar="X", help="0 is off")
+    choice.add_argument("--frequency-penalty", type=float, metavar="X", help="0 is off")
+    choice.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens occur twice; 0 is off")
+    choice.add_argument("--seed", type=int, metavar="S", help="repeat what was drawn with this seed")
+    choice.add_argument(
+        "--logprobs", type=int, metavar="K", help="with --json: log-probabilities, and of the K likeliest"
+    )
     parser.add_argument("-n", type=int, metavar="N", help="so many samples of the prompt")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: prompt, text, seed, timings ...")
 
@@ -58,16 +76,7 @@ def _options(arguments: argparse.Namespace) -> OptionKeywords:
 
 
 def _as_json(prompt: str, sample: Generation) -> dict[str, Any]:
-    timings = sample.timings
-    return {
-        "prompt": prompt,
-        **asdict(sample),
-        "timings": {
-            "prefill_seconds": timings.prefill_seconds,
-            "decode_seconds": timings.decode_seconds,
-            "decoded_tokens": timings.decoded_tokens,
-        },
-    }
+    return {"prompt": prompt, **asdict(sample), "timings": asdict(sample.timings)}
 
 
 def _summary(result: Generation) -> str:

@@ -1,0 +1,265 @@
+"""Text sessions: what was generated goes on, back, in branches, and in another process."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import gpt2_edge
+from gpt2_edge import ContextLengthError, OptionError, PromptError, SessionError
+
+PROMPT = "The old king had three sons, and"
+SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "ignore_eos": True}
+
+
+@pytest.fixture(params=["fp32_model", "int8_model"])
+def model(request: pytest.FixtureRequest) -> gpt2_edge.Model:
+    chosen: gpt2_edge.Model = request.getfixturevalue(request.param)
+    return chosen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {**SAMPLING, "seed": 3},
+        {**SAMPLING, "seed": 3, "frequency_penalty": 0.7, "repetition_penalty": 1.2, "no_repeat_ngram_size": 3},
+    ],
+)
+def test_two_calls_give_what_one_call_gives(model: gpt2_edge.Model, options: dict[str, Any]) -> None:
+    whole = model.generate(PROMPT, max_new_tokens=40, **options)
+    session = model.session()
+    session.append(PROMPT)
+    first = session.generate(max_new_tokens=15, **options)
+    later = {name: value for name, value in options.items() if name != "seed"}
+    second = session.generate(max_new_tokens=25, **later)
+    assert first.tokens + second.tokens == whole.tokens
+    assert session.tokens == model.tokenize(PROMPT) + whole.tokens
+    assert session.text == PROMPT + whole.text
+    assert second.seed == first.seed
+
+
+def test_a_saved_session_goes_on_in_a_new_process(
+    int8_model: gpt2_edge.Model, storyteller_int8: Path, tmp_path: Path
+) -> None:
+    options = {**SAMPLING, "presence_penalty": 0.5}
+    whole = int8_model.generate(PROMPT, max_new_tokens=30, seed=11, **options)
+    session = int8_model.session()
+    session.append(PROMPT)
+    session.generate(max_new_tokens=12, seed=11, **options)
+    session.save(tmp_path / "state")
+    program = (
+        "import sys, gpt2_edge\n"
+        "session = gpt2_edge.load(sys.argv[1]).load_session(sys.argv[2])\n"
+        "print(session.generate(max_new_tokens=18, temperature=1.0, top_k=50, ignore_eos=True,"
+        " presence_penalty=0.5).tokens)\n"
+    )
+    command = [sys.executable, "-c", program, str(storyteller_int8), str(tmp_path / "state")]
+    printed = subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout
+    assert printed.strip() == str(whole.tokens[12:])
+
+
+def test_a_fork_goes_its_own_way(model: gpt2_edge.Model) -> None:
+    session = model.session()
+    session.append(PROMPT)
+    session.generate(max_new_tokens=10, seed=1, **SAMPLING)
+    branch = session.fork()
+    before = session.tokens
+    branch.append(" But the youngest")
+    branch.generate(max_new_tokens=10)
+    assert session.tokens == before
+    assert branch.tokens[: len(before)] == before
+    assert session.generate(max_new_tokens=10).tokens == model.generate(before, max_new_tokens=10).tokens
+
+
+def test_rewind_takes_back(model: gpt2_edge.Model) -> None:
+    session = model.session()
+    session.append(PROMPT)
+    session.generate(max_new_tokens=20, seed=1, **SAMPLING)
+    session.rewind(15)
+    kept = session.tokens
+    assert len(kept) == len(model.tokenize(PROMPT)) + 5
+    assert session.generate(max_new_tokens=8, seed=2, **SAMPLING).tokens == (
+        model.generate(kept, max_new_tokens=8, seed=2, **SAMPLING).tokens
+    )
+    session.rewind(len(session.tokens))
+    assert session.tokens == []
+    assert session.generate(max_new_tokens=3).tokens == model.generate("", max_new_tokens=3).tokens
+
+
+def test_only_what_is_new_is_computed(fp32_model: gpt2_edge.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpt2_edge.session import StepSession
+
+    prefilled: list[int] = []
+    original = StepSession.prefill
+
+    def counting(self: StepSession, slot: int, tokens: list[int], start: int, positions: Any) -> Any:
+        prefilled.append(len(tokens))
+        return original(self, slot, tokens, start, positions)
+
+    monkeypatch.setattr(StepSession, "prefill", counting)
+    session = fp32_model.session()
+    session.append(PROMPT)
+    session.generate(max_new_tokens=10)
+    session.append(" and then")
+    session.generate(max_new_tokens=10)
+    added = len(fp32_model.tokenize(" and then"))
+    # The last generated token was chosen but not computed yet.
+    assert prefilled == [len(fp32_model.tokenize(PROMPT)), 1 + added]
+    prefilled.clear()
+    session.replace(PROMPT + " nothing")
+    session.generate(max_new_tokens=1)
+    assert prefilled == [len(fp32_model.tokenize(PROMPT + " nothing")) - len(fp32_model.tokenize(PROMPT))]
+
+
+def test_replace_gives_what_a_fresh_prompt_gives(model: gpt2_edge.Model) -> None:
+    session = model.session()
+    session.append(PROMPT)
+    session.generate(max_new_tokens=10)
+    session.replace(PROMPT + " one of them was blind.")
+    fresh = model.generate(PROMPT + " one of them was blind.", max_new_tokens=10, seed=1, **SAMPLING)
+    assert session.generate(max_new_tokens=10, seed=1, **SAMPLING).tokens == fresh.tokens
+
+
+def test_a_session_that_overflows_keeps_the_latest_half(fp32_model: gpt2_edge.Model) -> None:
+    session = fp32_model.session()
+    session.append([7] * 500)
+    with pytest.raises(ContextLengthError):
+        session.append([7] * 13)
+    assert len(session.tokens) == 500
+    done = session.generate(max_new_tokens=40, overflow="slide", keep_tokens=3, seed=1, **SAMPLING)
+    assert len(done.tokens) == 40
+    # 513 tokens overflowed: 3 + 253 were kept, and 27 more came.
+    assert len(session.tokens) == 256 + 27
+    assert session.tokens[:3] == [7, 7, 7]
+    assert session.tokens[-27:] == done.tokens[-27:]
+    expected = fp32_model.generate(session.tokens, max_new_tokens=5).tokens
+    assert session.generate(max_new_tokens=5).tokens == expected
+
+
+def test_a_full_session_says_so_and_can_slide(fp32_model: gpt2_edge.Model) -> None:
+    session = fp32_model.session()
+    session.append([7] * 512)
+    assert session.generate(max_new_tokens=5, ignore_eos=True).finish_reason == "context"
+    with pytest.raises(ContextLengthError):
+        session.generate(max_new_tokens=5)
+    assert len(session.generate(max_new_tokens=5, overflow="slide", ignore_eos=True).tokens) == 5
+
+
+def test_stop_text_is_not_part_of_the_session(model: gpt2_edge.Model) -> None:
+    session = model.session()
+    session.append(PROMPT)
+    whole = model.generate(PROMPT, max_new_tokens=30)
+    stop = model.detokenize([whole.tokens[10]])
+    done = session.generate(max_new_tokens=30, stop=stop)
+    assert session.tokens == model.tokenize(PROMPT) + done.tokens
+    assert stop not in model.detokenize(session.tokens[len(model.tokenize(PROMPT)) :])
+    assert (
+        session.generate(max_new_tokens=5).tokens
+        == model.generate(model.tokenize(PROMPT) + done.tokens, max_new_tokens=5).tokens
+    )
+
+
+def test_a_session_in_use_refuses_and_is_free_again(model: gpt2_edge.Model) -> None:
+    session = model.session()
+    session.append(PROMPT)
+    stream = session.stream(max_new_tokens=50)
+    pieces = [next(stream).text for _ in range(3)]
+    for use in (lambda: session.append("x"), session.fork, lambda: session.rewind(1), lambda: session.stream()):
+        with pytest.raises(SessionError, match="is generating"):
+            use()
+    stream.close()
+    assert session.text.startswith(PROMPT + "".join(pieces))
+    abandoned = session.stream(max_new_tokens=50)
+    next(abandoned)
+    del abandoned
+    session.append(" and")
+    assert session.generate(max_new_tokens=2).finish_reason == "length"
+
+
+def test_a_stream_that_was_never_begun_changes_nothing(model: gpt2_edge.Model) -> None:
+    session = model.session()
+    session.append(PROMPT)
+    stream = session.stream(max_new_tokens=5)
+    session.append(" x")
+    assert list(stream) == []
+    assert session.tokens == model.tokenize(PROMPT) + model.tokenize(" x")
+
+
+def test_a_failure_changes_nothing(model: gpt2_edge.Model) -> None:
+    def fail(tokens: object, logits: object) -> None:
+        raise ZeroDivisionError
+
+    session = model.session()
+    session.append(PROMPT)
+    with pytest.raises(ZeroDivisionError):
+        session.generate(max_new_tokens=5, logits_processor=fail)
+    assert session.text == PROMPT
+    assert session.generate(max_new_tokens=5).tokens == model.generate(PROMPT, max_new_tokens=5).tokens
+
+
+@pytest.mark.parametrize("n", [-1, 1000, 1.5, True, None])
+def test_rewind_refuses(fp32_model: gpt2_edge.Model, n: Any) -> None:
+    session = fp32_model.session()
+    session.append(PROMPT)
+    with pytest.raises(OptionError, match="give an integer from 0 to"):
+        session.rewind(n)
+
+
+def test_append_refuses_and_leaves_the_session_as_it_was(fp32_model: gpt2_edge.Model) -> None:
+    session = fp32_model.session()
+    session.append(PROMPT)
+    with pytest.raises(PromptError):
+        session.append([99999])
+    assert session.text == PROMPT
+
+
+def saved_session(model: gpt2_edge.Model, path: Path) -> bytes:
+    session = model.session()
+    session.append(PROMPT)
+    session.generate(max_new_tokens=4)
+    session.save(path)
+    return path.read_bytes()
+
+
+def test_every_damaged_byte_is_noticed(fp32_model: gpt2_edge.Model, tmp_path: Path) -> None:
+    path = tmp_path / "state"
+    data = saved_session(fp32_model, path)
+    random = np.random.default_rng(0)
+    for place in (*range(0, 90, 7), *random.integers(90, len(data), 20).tolist()):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 0x20]) + data[place + 1 :])
+        with pytest.raises(SessionError):
+            fp32_model.load_session(path)
+    for length in (0, 10, 100, len(data) - 1):
+        path.write_bytes(data[:length])
+        with pytest.raises(SessionError):
+            fp32_model.load_session(path)
+
+
+def test_another_model_is_refused(fp32_model: gpt2_edge.Model, int8_model: gpt2_edge.Model, tmp_path: Path) -> None:
+    saved_session(fp32_model, tmp_path / "state")
+    with pytest.raises(SessionError, match="another model folder"):
+        int8_model.load_session(tmp_path / "state")
+    with pytest.raises(SessionError, match="cannot read"):
+        int8_model.load_session(tmp_path / "nothing")
+
+
+def test_a_session_file_appears_whole_or_not_at_all(
+    fp32_model: gpt2_edge.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "state"
+    before = saved_session(fp32_model, path)
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full_disk)
+    session = fp32_model.session()
+    session.append("Another")
+    with pytest.raises(SessionError, match="No space left"):
+        session.save(path)
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["state"]
