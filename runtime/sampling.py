@@ -158,8 +158,12 @@ def keep_top_p(weights: Weights, top_p: float) -> TokenIds:
     """Return the indices of the fewest largest weights whose share reaches `top_p`, in ascending order.
 
     The weight that crosses the border is kept, so at least one is; of equal weights the lowest indices are kept.
+    Weights below (1 - top_p) / count of the sum are less than 1 - top_p of it together, so they are not looked at.
     """
-    return _fewest(-_bits(weights), weights, top_p)
+    total = float(weights.sum(dtype=np.float64))
+    candidates = np.flatnonzero(weights >= (1 - top_p) * total / weights.size)
+    values = weights[candidates]
+    return candidates[_fewest(-_bits(values), values, top_p * total)]
 
 
 def keep_min_p(weights: Weights, min_p: float) -> TokenIds:
@@ -176,9 +180,9 @@ def keep_typical_p(weights: Weights, typical_p: float) -> TokenIds:
     """
     distances = np.maximum(weights, _SMALLEST_WEIGHT)
     np.log(distances, out=distances)
-    mean = (weights * distances).sum(dtype=np.float64) / weights.sum(dtype=np.float64)
-    distances -= np.float32(mean)
-    return _fewest(_bits(np.abs(distances, out=distances)), weights, typical_p)
+    total = float(weights.sum(dtype=np.float64))
+    distances -= np.float32(float((weights * distances).sum(dtype=np.float64)) / total)
+    return _fewest(_bits(np.abs(distances, out=distances)), weights, typical_p * total)
 
 
 def draw_index(weights: Weights, uniform: float) -> int:
@@ -232,19 +236,17 @@ def _without_surplus(kept: npt.NDArray[np.bool_], on_border: npt.NDArray[np.bool
     return np.flatnonzero(kept)
 
 
-def _fewest(keys: Keys, weights: Weights, share: float) -> TokenIds:
-    """Return the indices of the fewest smallest keys whose weights reach a share of all weights, at least one.
+def _fewest(keys: Keys, weights: Weights, target: float) -> TokenIds:
+    """Return the indices of the fewest smallest keys whose weights add up to `target`, at least one, in ascending order.
 
-    Of equal keys the lowest indices are taken, and the returned ones ascend. The key on the border is found by a
-    histogram of the weights, then by one within the bin that holds the border, and so on: only few keys are sorted.
+    Of equal keys the lowest indices are taken. The key on the border is found by a histogram of the weights, then by
+    one within the bin that holds the border, and so on: only the last few keys are sorted.
     """
+    reached = 0.0
     near, near_weights = keys, weights
-    reached, target = 0.0, -1.0
     while (lowest := int(near.min())) < (highest := int(near.max())) and near.size > _SORTED_AT_MOST:
-        bins = near - lowest
-        bins >>= max(0, (highest - lowest).bit_length() - _BIN_BITS)
+        bins = (near - lowest) >> max(0, (highest - lowest).bit_length() - _BIN_BITS)
         ends = reached + np.cumsum(np.bincount(bins, near_weights))
-        target = share * ends[-1] if target < 0 else target
         border = _first_reaching(ends, target)
         reached = float(ends[border - 1]) if border else reached
         within = np.flatnonzero(bins == border)
@@ -252,8 +254,7 @@ def _fewest(keys: Keys, weights: Weights, share: float) -> TokenIds:
     if lowest < highest:
         order = np.argsort(near, kind="stable")
         near, near_weights = near[order], near_weights[order]
-    ends = reached + np.cumsum(near_weights, dtype=np.float64)
-    last = _first_reaching(ends, share * ends[-1] if target < 0 else target)
+    last = _first_reaching(reached + np.cumsum(near_weights, dtype=np.float64), target)
     count = int(np.count_nonzero(keys < lowest)) + last + 1
     return _without_surplus(keys <= near[last], keys == near[last], count)
 

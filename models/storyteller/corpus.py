@@ -188,9 +188,7 @@ def select_fairy(classics: Iterable[SourceFile], gutenberg: Iterable[SourceFile]
 
 def select_fiction(classics: Iterable[SourceFile]) -> list[SourceFile]:
     """Choose the other fiction, from the smaller collection alone: that is plenty for so small a model."""
-    return [
-        file for file in classics if not FAIRY_CLASSICS.match(file.name) and not NO_FICTION.search(file.name)
-    ]
+    return [file for file in classics if not FAIRY_CLASSICS.match(file.name) and not NO_FICTION.search(file.name)]
 
 
 def read_text(path: Path) -> str:
@@ -262,9 +260,7 @@ def write_set(books: Sequence[Book], json_path: Path, names_path: Path) -> None:
     print(f"{json_path.name}: {len(books)} books, {characters / 1e6:.1f} million characters")
 
 
-def write_corpus(
-    fairy: Sequence[Book], fiction: Sequence[Book], held_out: Sequence[Book], output: Path
-) -> None:
+def write_corpus(fairy: Sequence[Book], fiction: Sequence[Book], held_out: Sequence[Book], output: Path) -> None:
     """Write the three sets of books.
 
     Everything is written aside and then moved into place, so that no broken-off run leaves half a corpus.
@@ -288,11 +284,7 @@ def build_corpus(classic_books: Path, gutenberg: Path, output: Path) -> None:
         gutenberg: Clone of the Project Gutenberg collection.
         output: Folder to write to; made if missing.
     """
-    classics = [
-        file
-        for file in list_collection(classic_books, ".md")
-        if stated_year(file.path) < FIRST_PROTECTED_YEAR
-    ]
+    classics = [file for file in list_collection(classic_books, ".md") if stated_year(file.path) < FIRST_PROTECTED_YEAR]
     # Read together, so that the held-out books and the fairy tales share nothing but short paragraphs.
     fairy_and_held_out = load_books(select_fairy(classics, list_collection(gutenberg, ".txt")))
     fairy = [book for book in fairy_and_held_out if not HELD_OUT.search(book.name)]

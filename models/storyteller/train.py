@@ -76,9 +76,7 @@ def load_tokens(path: Path, fewest: int) -> Tokens:
     try:
         tokens: Tokens = np.load(path)
     except FileNotFoundError:
-        raise SystemExit(
-            f"No {path}: run tokenize_corpus.py first, or name its folder with --corpus"
-        ) from None
+        raise SystemExit(f"No {path}: run tokenize_corpus.py first, or name its folder with --corpus") from None
     if len(tokens) < fewest:
         raise SystemExit(f"{path} holds {len(tokens)} tokens: training needs {fewest} or more")
     return tokens
@@ -273,9 +271,7 @@ def save_checkpoint(model: GPT2LMHeadModel, folder: Path) -> None:
             file.replace(folder / file.name)
 
 
-def train(
-    corpus: Path, output: Path, minutes: float, batch_size: int, attention: str, compiled: bool
-) -> None:
+def train(corpus: Path, output: Path, minutes: float, batch_size: int, attention: str, compiled: bool) -> None:
     """Train from scratch and write the checkpoint, every 400 steps and at the end.
 
     Args:
@@ -289,9 +285,7 @@ def train(
     # The fairy tales are cut from a random place on, below WINDOW, and must give a window even so.
     fairy = load_tokens(corpus / "fairy.npy", fewest=2 * WINDOW)
     fiction = load_tokens(corpus / "fiction.npy", fewest=WINDOW + 1)
-    held_out = load_tokens(
-        corpus / "held_out.npy", fewest=(EVALUATION_WINDOWS - 1) * EVALUATION_STRIDE + WINDOW + 1
-    )
+    held_out = load_tokens(corpus / "held_out.npy", fewest=(EVALUATION_WINDOWS - 1) * EVALUATION_STRIDE + WINDOW + 1)
 
     torch.manual_seed(SEED)
     model = build_model(attention)
@@ -299,9 +293,7 @@ def train(
     loss = make_loss(model, compiled)
     batches = BatchMaker(fairy, fiction, batch_size)
     matrices, others = split_parameters(model)
-    adamw = torch.optim.AdamW(
-        others, lr=ADAMW_LEARNING_RATE, betas=ADAMW_BETAS, eps=ADAMW_EPSILON, weight_decay=0.0
-    )
+    adamw = torch.optim.AdamW(others, lr=ADAMW_LEARNING_RATE, betas=ADAMW_BETAS, eps=ADAMW_EPSILON, weight_decay=0.0)
     muon = Muon(matrices)
 
     step = 0
