@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 GRAPH_NAME: Final = "model.onnx"
-MINIMUM_ONNXRUNTIME: Final = "1.31"
+MINIMUM_ONNXRUNTIME: Final = "1.22"  # the first whose MatMulNBits takes 8 bits
 
 
 def export_checkpoint(checkpoint: Path, destination: Path) -> Manifest:

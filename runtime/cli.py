@@ -17,6 +17,7 @@ from gpt2_edge.version import VERSION
 
 _COMMANDS: Final = {
     "generate": ("gpt2_edge.commands.generate", "continue a prompt"),
+    "repl": ("gpt2_edge.commands.repl", "write a story together with a model"),
     "next": ("gpt2_edge.commands.next_tokens", "show the likeliest next tokens"),
     "score": ("gpt2_edge.commands.score", "log-probability and perplexity of texts"),
     "info": ("gpt2_edge.commands.info", "what a model folder holds and how it would run here"),

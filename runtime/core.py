@@ -42,7 +42,8 @@ class ModelCore:
         unfinished = [row for row in rows if not row.done]
         self.engine.join(unfinished)
         try:
-            self.engine.run_until(lambda: all(row.done for row in unfinished))
+            for row in unfinished:
+                self.engine.run_until(lambda row=row: row.done)  # type: ignore[misc]
         finally:
             self.engine.leave(unfinished)
         for row in unfinished:

@@ -92,9 +92,10 @@ class Engine:
     def __init__(self, session: StepSession) -> None:
         self._session = session
         self._process = os.getpid()
-        self._changed = threading.Condition()  # guards the three below; held for moments, never during a step
+        self._changed = threading.Condition()  # guards the four below; held for moments, never during a step
         self._computing = False
         self._closed = False
+        self._somebody_left = False
         self._waiting: deque[Row] = deque()
         # These belong to the thread that computes.
         self._prefilling: Row | None = None
@@ -124,6 +125,7 @@ class Engine:
             row.abandoned = True
         if os.getpid() == self._process:
             with self._changed:
+                self._somebody_left = True
                 if not self._computing:
                     self._remove_interrupted()
 
@@ -141,13 +143,15 @@ class Engine:
                     return
                 self._computing = True
                 self._remove_interrupted()
-                self._admit()
+                if self._waiting and self._prefilling is None:
+                    self._admit()
             try:
                 self._step()
             finally:
                 with self._changed:
                     self._computing = False
-                    self._remove_interrupted()
+                    if self._somebody_left:
+                        self._remove_interrupted()
                     self._changed.notify_all()
 
     def close(self) -> None:
@@ -174,7 +178,7 @@ class Engine:
         return [*self._decoding, *([self._prefilling] if self._prefilling else [])]
 
     def _admit(self) -> None:
-        if self._prefilling is not None or not self._waiting or len(self._decoding) >= MAXIMUM_ROWS:
+        if len(self._decoding) >= MAXIMUM_ROWS:
             return
         in_use = {slot: len(row.tokens) - 1 for slot, row in enumerate(self._decoding)}
         wanted = min(MAXIMUM_ROWS, len(self._decoding) + len(self._waiting))
@@ -275,18 +279,22 @@ class Engine:
             row.done = True
 
     def _remove_interrupted(self) -> None:
-        for row in (*self._all_rows(), *self._waiting):
-            if not row.done and row.interrupted():
+        """Let the rows end that were interrupted; called between steps, before and after each."""
+        self._somebody_left = False
+        interrupted = [row for row in (*self._all_rows(), *self._waiting) if row.interrupted()]
+        for row in interrupted:
+            if not row.done:
                 row.end_early()
-        for row in self._waiting:
-            row.left = row.done
-        self._waiting = deque(row for row in self._waiting if not row.done)
-        self._remove_done()
-        if not self._waiting and not self._all_rows() and not self._closed:
-            self._session.release_spare_slots()
+            if row in self._waiting:
+                self._waiting.remove(row)
+                row.left = True
+        if interrupted:
+            self._remove_done()
 
     def _remove_done(self) -> None:
         """Take out the rows that are done or restart, and close the gaps: the last row moves into the free slot."""
+        if not any(row.done or row.restarts for row in self._all_rows()):
+            return
         slot_of_prefilling = len(self._decoding)
         if self._prefilling is not None and self._prefilling.done:
             self._let_go(self._prefilling, slot_of_prefilling, self._prefilling.prefilled)
@@ -307,9 +315,10 @@ class Engine:
             self._session.copy_slot(slot_of_prefilling, len(remaining), self._prefilling.prefilled)
         for row in restarting:
             row.restarts, row.prefilled = False, 0
-        if restarting:
-            with self._changed:
-                self._waiting.extendleft(reversed(restarting))
+        with self._changed:
+            self._waiting.extendleft(reversed(restarting))
+            if not self._waiting and not self._all_rows() and not self._closed:
+                self._session.release_spare_slots()
 
     def _let_go(self, row: Row, slot: int, length: int) -> None:
         if row.keeps_cache and row.failure is None:

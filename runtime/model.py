@@ -1,7 +1,7 @@
 """The facade: load a model folder, generate, stream, look at the next token, score."""
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, Unpack, cast, overload
@@ -12,11 +12,12 @@ from gpt2_edge.core import ModelCore, Prompt, row_seeds
 from gpt2_edge.engine import Engine
 from gpt2_edge.errors import OptionError, PromptError
 from gpt2_edge.folder import open_folder
-from gpt2_edge.generation import GenerationRow, LogitsRow, NextTokenRow, ScoreRow
+from gpt2_edge.generation import GenerationRow, LogitsRow, NextTokenRow
 from gpt2_edge.manifest import Manifest
 from gpt2_edge.options import OptionKeywords
 from gpt2_edge.results import Generation, NextToken, Piece, Score
 from gpt2_edge.sampling import keep
+from gpt2_edge.scoring import score_texts
 from gpt2_edge.session import Logits, StepSession
 from gpt2_edge.session_file import SessionState, read_session
 from gpt2_edge.stream import TextStream
@@ -183,25 +184,39 @@ class Model:
             for token in order.tolist()
         ]
 
-    def score(self, text: Prompt) -> Score:
+    @overload
+    def score(self, text: Prompt, *, stride: int | None = None, on_scored: Callable[[int], object] = ...) -> Score: ...
+    @overload
+    def score(
+        self, text: PromptList, *, stride: int | None = None, on_scored: Callable[[int], object] = ...
+    ) -> list[Score]: ...
+    def score(
+        self,
+        text: Prompt | PromptList,
+        *,
+        stride: int | None = None,
+        on_scored: Callable[[int], object] = lambda count: None,
+    ) -> Score | list[Score]:
         """Return the log-probability of each token of a text but the first, given those before it.
 
+        A text that is longer than the context is scored in overlapping windows: `docs/scoring.md` says which.
+
         Args:
-            text: Text or token ids, at least two tokens, at most the model's context.
+            text: Text or token ids, at least two tokens. Or a list of texts, each of which is scored as if alone.
+            stride: Tokens from the begin of one window to that of the next, from 1 to the context less 1; None takes
+                half the context. A smaller one lets the model see more before each token, and takes longer.
+            on_scored: Called as the work goes on, with how many more tokens were scored.
+
+        Returns:
+            The score, or a list of them in the order of the texts.
 
         Raises:
-            PromptError: The text cannot be used, or has fewer than two tokens.
+            OptionError: The stride is not allowed.
+            PromptError: A text cannot be used, or has fewer than two tokens.
         """
-        tokens = self._core.tokens(text)
-        if len(tokens) < 2:
-            raise PromptError(
-                f"the text has {len(tokens)} token{'' if len(tokens) == 1 else 's'}: "
-                "a score needs at least 2, since the first has nothing before it"
-            )
-        self._core.check_length(tokens)
-        row = ScoreRow(tokens)
-        self._core.run([row])
-        return Score(tokens, row.logprobs)
+        texts = _list_of_prompts(text)
+        scores = score_texts(self._core, [cast(Prompt, text)] if texts is None else texts, stride, on_scored)
+        return scores[0] if texts is None else scores
 
     def logits(self, prompt: Prompt) -> Logits:
         """Return the raw logits after every token of a prompt.

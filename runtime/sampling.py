@@ -24,6 +24,7 @@ Keys = npt.NDArray[np.int32]
 
 _BLOCK: Final = 64
 _BIN_BITS: Final = 10
+_PIECE: Final = 16384
 _SORTED_AT_MOST: Final = 256  # so few keys are sorted sooner than counted
 # What float32 can still divide by; beyond these the likeliest token wins, or all are alike, anyway.
 _SMALLEST_TEMPERATURE: Final = 1e-30
@@ -160,9 +161,13 @@ def keep_top_p(weights: Weights, top_p: float) -> TokenIds:
     The weight that crosses the border is kept, so at least one is; of equal weights the lowest indices are kept.
     Weights below (1 - top_p) / count of the sum are less than 1 - top_p of it together, so they are not looked at.
     """
-    total = float(weights.sum(dtype=np.float64))
-    candidates = np.flatnonzero(weights >= (1 - top_p) * total / weights.size)
+    total = _sum(weights)
+    bound = (1 - top_p) * total / weights.size
+    candidates = np.flatnonzero(weights >= 8 * bound)
     values = weights[candidates]
+    if _sum(values) < top_p * total:
+        candidates = np.flatnonzero(weights >= bound)
+        values = weights[candidates]
     return candidates[_fewest(-_bits(values), values, top_p * total)]
 
 
@@ -180,7 +185,7 @@ def keep_typical_p(weights: Weights, typical_p: float) -> TokenIds:
     """
     distances = np.maximum(weights, _SMALLEST_WEIGHT)
     np.log(distances, out=distances)
-    total = float(weights.sum(dtype=np.float64))
+    total = _sum(weights)
     distances -= np.float32(float((weights * distances).sum(dtype=np.float64)) / total)
     return _fewest(_bits(np.abs(distances, out=distances)), weights, typical_p * total)
 
@@ -203,15 +208,18 @@ def draw_index(weights: Weights, uniform: float) -> int:
 
 def _first_above(ends: npt.NDArray[np.float64], target: float) -> int:
     index = int(np.searchsorted(ends, target, side="right"))
-    # Rounding can lift the target to the very end; what has weight 0 must not be drawn there.
-    return min(index, int(np.searchsorted(ends, ends[-1], side="left")))
+    if index < ends.size:
+        return index
+    # Rounding has lifted the target to the very end; what has weight 0 must not be drawn there.
+    return int(np.searchsorted(ends, ends[-1], side="left"))
 
 
 def _weights(logits: Logits, largest: np.float32, temperature: float) -> Weights:
     # In place: fresh pages for arrays as long as the vocabulary cost more than the arithmetic.
     with np.errstate(over="ignore"):  # a gap beyond float32 is -inf, and its weight 0
         weights = logits - largest
-        weights /= np.float32(min(max(temperature, _SMALLEST_TEMPERATURE), _LARGEST_TEMPERATURE))
+        if temperature != 1:
+            weights /= np.float32(min(max(temperature, _SMALLEST_TEMPERATURE), _LARGEST_TEMPERATURE))
     return np.exp(weights, out=weights)
 
 
@@ -225,14 +233,16 @@ def _nth_largest(values: npt.NDArray[np.float32], n: int) -> np.float32:
 
 def _largest(values: npt.NDArray[np.float32], count: int, smallest_kept: np.float32) -> TokenIds:
     """Return the indices of the `count` largest values, given the smallest of them."""
-    return _without_surplus(values >= smallest_kept, values == smallest_kept, count)
+    kept = values >= smallest_kept
+    return _without_surplus(kept, int(np.count_nonzero(kept)) - count, values, smallest_kept)
 
 
-def _without_surplus(kept: npt.NDArray[np.bool_], on_border: npt.NDArray[np.bool_], count: int) -> TokenIds:
-    """Return `count` kept indices in ascending order; the highest ones on the border are left out."""
-    surplus = int(np.count_nonzero(kept)) - count
+def _without_surplus(
+    kept: npt.NDArray[np.bool_], surplus: int, values: npt.NDArray[np.generic], border: np.generic
+) -> TokenIds:
+    """Return the kept indices in ascending order without the `surplus` highest of those on the border."""
     if surplus:
-        kept[np.flatnonzero(on_border)[-surplus:]] = False
+        kept[np.flatnonzero(values == border)[-surplus:]] = False
     return np.flatnonzero(kept)
 
 
@@ -246,7 +256,7 @@ def _fewest(keys: Keys, weights: Weights, target: float) -> TokenIds:
     near, near_weights = keys, weights
     while (lowest := int(near.min())) < (highest := int(near.max())) and near.size > _SORTED_AT_MOST:
         bins = (near - lowest) >> max(0, (highest - lowest).bit_length() - _BIN_BITS)
-        ends = reached + np.cumsum(np.bincount(bins, near_weights))
+        ends = reached + np.cumsum(_histogram(bins, near_weights))
         border = _first_reaching(ends, target)
         reached = float(ends[border - 1]) if border else reached
         within = np.flatnonzero(bins == border)
@@ -255,8 +265,26 @@ def _fewest(keys: Keys, weights: Weights, target: float) -> TokenIds:
         order = np.argsort(near, kind="stable")
         near, near_weights = near[order], near_weights[order]
     last = _first_reaching(reached + np.cumsum(near_weights, dtype=np.float64), target)
-    count = int(np.count_nonzero(keys < lowest)) + last + 1
-    return _without_surplus(keys <= near[last], keys == near[last], count)
+    border_key = near[last]
+    surplus = int(np.searchsorted(near, border_key, side="right")) - (last + 1)
+    return _without_surplus(keys <= border_key, surplus, keys, border_key)
+
+
+def _sum(weights: Weights) -> float:
+    """Return the sum, as exact as its float32 terms: short columns are added vector by vector, the rest in float64."""
+    blocks = weights.size // _BLOCK
+    columns = weights[: blocks * _BLOCK].reshape(_BLOCK, blocks).sum(axis=0)
+    return float(columns.sum(dtype=np.float64) + weights[blocks * _BLOCK :].sum(dtype=np.float64))
+
+
+def _histogram(bins: Keys, weights: Weights) -> npt.NDArray[np.float64]:
+    """Return the sum of the weights in each bin."""
+    sums = np.zeros(2**_BIN_BITS)
+    # Piece by piece, because bincount converts what it is given: fresh pages for that cost more than the counting.
+    for start in range(0, bins.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        sums += np.bincount(bins[piece], weights[piece], sums.size)
+    return sums
 
 
 def _bits(values: npt.NDArray[np.float32]) -> Keys:
@@ -265,8 +293,8 @@ def _bits(values: npt.NDArray[np.float32]) -> Keys:
 
 
 def _first_reaching(ends: npt.NDArray[np.float64], target: float) -> int:
-    # Rounding can leave the very end below the target.
-    return min(int(np.searchsorted(ends, target, side="left")), ends.size - 1)
+    # Rounding can leave the very end below the target; what adds nothing to it must not be taken for it.
+    return int(np.searchsorted(ends, min(target, ends[-1]), side="left"))
 
 
 def _fault(largest: float) -> str | None:

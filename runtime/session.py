@@ -165,14 +165,15 @@ class _DecodeStep:
         self._position_ids = np.zeros((rows, 1), np.int64)
         self._seqlens_k = np.zeros(rows, np.int32)
         self._total_sequence_length = np.zeros((), np.int32)
-        inputs = {
+        # Kept, because not every version of ONNX Runtime keeps the arrays whose memory it was given.
+        self._bound = {
             "input_ids": self._input_ids,
             "position_ids": self._position_ids,
             "seqlens_k": self._seqlens_k,
             "total_sequence_length": self._total_sequence_length,
             "logit_positions": np.arange(rows, dtype=np.int64),
         }
-        for name, value in inputs.items():
+        for name, value in self._bound.items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(self.logits))
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import gpt2_edge
 from gpt2_edge import CheckpointError, ModelFolderError, ParityError, seal
 from gpt2_edge.export import export_checkpoint, parity, pipeline
+from gpt2_edge.export.activations import ACTIVATIONS
 
 posix_only = pytest.mark.skipif(sys.platform == "win32", reason="needs links, signals, limits or locks on folders")
 
@@ -323,6 +324,14 @@ def test_graph_that_computes_something_else(
     assert names_in(outputs) == []
 
 
+def test_tracer_that_makes_another_graph(checkpoint: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another release of torch may take apart what should stay whole, or add what nobody asked for."""
+    monkeypatch.setitem(ACTIVATIONS, "gelu_new", lambda x: x @ torch.eye(x.shape[-1]))
+    with pytest.raises(CheckpointError, match="traced 5 MatMul operators where 4 belong: export with torch"):
+        export_checkpoint(checkpoint, outputs / "model")
+    assert names_in(outputs) == []
+
+
 def test_interrupted_export(checkpoint: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*arguments: object) -> None:
         assert names_in(next(outputs.iterdir())) == ["model.onnx", "model.onnx.data", "tokenizer.json"]
@@ -475,21 +484,28 @@ def test_leftover_of_a_name_with_brackets(outputs: Path) -> None:
 
 
 @posix_only
-def test_folder_that_another_run_takes_for_a_leftover(outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between making the temporary folder and locking it, another run may remove it."""
-    exact, calls = seal.tempfile.mkdtemp, []
+@pytest.mark.parametrize("moment", ["_lock", "flock"])
+def test_folder_that_another_run_takes_for_a_leftover(
+    moment: str, outputs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run may remove the temporary folder before it is locked: before it is opened, or just after."""
+    place = seal if moment == "_lock" else seal.fcntl
+    exact, taken = getattr(place, moment), []
 
-    def make(**arguments: Any) -> str:
-        folder = exact(**arguments)
-        calls.append(folder)
-        if len(calls) == 1:
+    def interfere(*arguments: Any) -> Any:
+        if not taken:
+            taken.extend(outputs.iterdir())
+            monkeypatch.setattr(place, moment, exact)
             seal._remove_abandoned(outputs / "model")
-            assert not Path(folder).exists()
-        return folder
+            monkeypatch.setattr(place, moment, interfere)
+        return exact(*arguments)
 
-    monkeypatch.setattr(seal.tempfile, "mkdtemp", make)
-    seal_again(outputs / "model")
-    assert len(calls) == 2
+    monkeypatch.setattr(place, moment, interfere)
+    with seal.new_folder(outputs / "model") as folder:
+        assert taken != [folder]
+        assert list(outputs.iterdir()) == [folder]
+    assert len(taken) == 1
+    assert names_in(outputs) == ["model"]
 
 
 @posix_only

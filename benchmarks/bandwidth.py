@@ -1,0 +1,84 @@
+"""The physical limit of decoding: how fast memory can be read, and how much of it a token touches.
+
+A decoded token reads every weight once and the keys and values of all tokens before it. So no decoder that computes
+one token at a time is faster than `read bandwidth / bytes touched a token`.
+"""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from gpt2_edge.manifest import Manifest
+
+_PASSES: Final = 5
+_BYTES_OF_FLOAT: Final = 4
+
+
+class ReadBandwidth:
+    """Reads a buffer with several threads.
+
+    Args:
+        buffer_bytes: Its size. As large as the weights, so that as much of it fits the caches.
+        threads: Each reads a part of its own.
+    """
+
+    def __init__(self, buffer_bytes: int, threads: int) -> None:
+        # Ones, because pages of zeros that were never written would all be the same page of memory.
+        buffer: npt.NDArray[np.float32] = np.ones(max(1, buffer_bytes // _BYTES_OF_FLOAT), np.float32)
+        self._parts = np.array_split(buffer, threads)
+        self._threads = threads
+
+    def measure(self) -> float:
+        """Return bytes a second: the best of a few passes, since what is asked for is a limit."""
+        size = sum(part.nbytes for part in self._parts)
+        with ThreadPoolExecutor(self._threads) as pool:
+            fastest = min(self._pass_seconds(pool) for _ in range(_PASSES))
+        return size / fastest
+
+    def _pass_seconds(self, pool: ThreadPoolExecutor) -> float:
+        started_at = time.perf_counter()
+        # numpy gives the interpreter up during a large reduction. The maximum keeps up with memory on one core; a sum
+        # of floats does not.
+        for _ in pool.map(np.maximum.reduce, self._parts):
+            pass
+        return time.perf_counter() - started_at
+
+
+def weights_bytes(manifest: Manifest) -> int:
+    """Return the size of the graphs and their weights, without the tokenizer."""
+    graphs = tuple(manifest.graphs.values())
+    return sum(entry.size_bytes for entry in manifest.files if entry.name.startswith(graphs))
+
+
+def parameters(manifest: Manifest) -> int:
+    """Return how many weights the model has; a tied embedding counts once."""
+    shape = manifest.architecture
+    width, inner = shape.width, shape.inner_width
+    matrices = 4 * width * width + 2 * width * inner
+    biases = 4 * width + inner + width
+    layer_norms = 4 * width
+    embeddings = (shape.vocabulary_size + shape.context_length) * width
+    head = 0 if shape.tied_head else shape.vocabulary_size * width
+    return shape.layers * (matrices + biases + layer_norms) + embeddings + 2 * width + head
+
+
+def bytes_touched_per_token(manifest: Manifest, depth: float) -> int:
+    """Return how much memory a decoded token reads.
+
+    Args:
+        manifest: Of the model folder.
+        depth: How many tokens come before it.
+    """
+    shape = manifest.architecture
+    # Of the position table, and of a token embedding that is not the head as well, a token reads one row. How a
+    # quantized embedding is stored, the manifest does not say; as for the other matrices, its share is that of its
+    # parameters.
+    unread = _BYTES_OF_FLOAT * shape.context_length * shape.width
+    if not shape.tied_head:
+        share = shape.vocabulary_size * shape.width / parameters(manifest)
+        unread += int(share * weights_bytes(manifest))
+    keys_and_values = 2 * _BYTES_OF_FLOAT * shape.layers * shape.heads * shape.head_size * depth
+    return max(1, weights_bytes(manifest) - unread) + int(keys_and_values)

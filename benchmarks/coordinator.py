@@ -1,0 +1,275 @@
+"""Measure model folders side by side: each in a process of its own, all loaded, one computing at a time.
+
+Each test goes once around all models, in the other direction the next time, before it is repeated: a machine that
+slows down while it is measured treats all of them alike.
+"""
+
+import contextlib
+import json
+import shlex
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import Any, Final
+
+from gpt2_edge.benchmarks.bandwidth import ReadBandwidth
+from gpt2_edge.benchmarks.environment import describe_environment
+from gpt2_edge.benchmarks.perplexity import windows_of
+from gpt2_edge.benchmarks.plan import Settings, SpeedTest, plan_tests
+from gpt2_edge.benchmarks.report import Report
+from gpt2_edge.benchmarks.subject import Subject
+from gpt2_edge.benchmarks.worker_process import WorkerDiedError, WorkerError
+from gpt2_edge.errors import Gpt2EdgeError, OptionError
+
+EXCERPT_NAME: Final = "held_out.txt"
+EXCERPT_TITLE: Final = "the excerpt that comes with gpt2-edge"
+_IDLE_SECONDS: Final = 1.0
+_SUSTAINED_SAMPLE_TOKENS: Final = 64
+
+OnStep = Callable[[str], object]
+
+
+class Coordinator:
+    """Measures, and can say at any time what it has.
+
+    Args:
+        folders: Model folders, or "storyteller".
+        settings: What is measured.
+        text: A UTF-8 file to measure quality over; None takes the excerpt that comes with gpt2-edge.
+        on_step: Called with a description before each step.
+    """
+
+    def __init__(
+        self,
+        folders: Sequence[str | Path],
+        settings: Settings,
+        text: Path | None = None,
+        on_step: OnStep = lambda _: None,
+    ) -> None:
+        self._settings = settings
+        self._text_title, self._text = _read_text(text)
+        self._text_path = text
+        self._on_step = on_step
+        self._started_at = time.perf_counter()
+        self._created_at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+        self._environment = describe_environment()
+        self.folders = [str(folder) for folder in folders]
+        self._subjects = _subjects(self.folders, settings)
+        self._interrupted = False
+
+    def measure(self) -> None:
+        """Measure everything; on Ctrl-C, stop where it is."""
+        with ExitStack() as stack:
+            for subject in self._subjects:
+                stack.callback(subject.close)
+            try:
+                self._measure_all()
+            except KeyboardInterrupt:
+                self._interrupted = True
+
+    def report(self) -> Report:
+        """Return what was measured so far."""
+        return Report(
+            created_at=self._created_at,
+            command=("gpt2-edge", "bench", *self.folders, *_arguments(self._settings, self._text_path)),
+            settings=json.loads(json.dumps(asdict(self._settings))),
+            environment=self._environment,
+            variants=tuple(subject.variant() for subject in self._subjects),
+            interrupted=self._interrupted,
+            seconds=round(time.perf_counter() - self._started_at, 1),
+        )
+
+    def _measure_all(self) -> None:
+        for subject in self._subjects:
+            self._on_step(f"loading {subject.name}")
+            subject.start(self._settings.device)
+        tests = self._plan_tests()
+        for test in tests:
+            self._each(f"{test.name}, warming up", partial(Subject.warm_up, test=test))
+        bandwidths = {subject.name: ReadBandwidth(subject.weights_bytes, subject.threads) for subject in self._alive()}
+        for repetition in range(self._settings.repetitions):
+            turn = f"repetition {repetition + 1} of {self._settings.repetitions}"
+            backwards = repetition % 2 == 1
+            for test in tests:
+                self._each(f"{test.name}, {turn}", partial(Subject.sample_speed, test=test), backwards)
+            self._each(f"latency, {turn}", lambda subject: subject.sample_latency(self._settings), backwards)
+            self._each(
+                f"memory bandwidth, {turn}",
+                lambda subject: subject.bandwidth_samples.append(bandwidths[subject.name].measure()),
+                backwards,
+            )
+        bandwidths.clear()
+        self._each("memory", lambda subject: subject.take_memory())
+        self._each("idle CPU", lambda subject: subject.take_idle(_IDLE_SECONDS))
+        if self._settings.quality_tokens:
+            self._measure_quality()
+        if self._settings.sustain_seconds:
+            self._each("sustained decoding", self._sustain)
+
+    def _plan_tests(self) -> list[SpeedTest]:
+        """Give each model its tests, and return those of all."""
+        shortest = min((subject.context_length for subject in self._alive()), default=0)
+        for subject in self._alive():
+            subject.plan(plan_tests(self._settings, subject.context_length, shortest))
+        return list(dict.fromkeys(test for subject in self._alive() for test in subject.tests))
+
+    def _alive(self) -> list[Subject]:
+        return [subject for subject in self._subjects if subject.alive]
+
+    def _each(self, step: str, measure: Callable[[Subject], object], backwards: bool = False) -> None:
+        """Do something with each model in turn; one whose process ends is not asked again."""
+        subjects = self._alive()
+        for subject in reversed(subjects) if backwards else subjects:
+            self._on_step(f"{step}: {subject.name}" if len(subjects) > 1 else step)
+            with _blamed_on(subject):
+                measure(subject)
+
+    def _measure_quality(self) -> None:
+        # Threads do not change the logits, so one row of each folder is enough.
+        first_of_folder = {subject.folder: subject for subject in reversed(self._alive())}
+        subjects = [subject for subject in self._alive() if first_of_folder[subject.folder] is subject]
+        reference = next((subject for subject in subjects if subject.precision == "fp32"), None)
+        if reference is not None:
+            subjects.remove(reference)
+            compared = [subject for subject in subjects if subject.same_vocabulary(reference)]
+            with _blamed_on(reference):
+                self._measure_quality_of([reference, *compared], reference)
+            subjects = [subject for subject in subjects if subject not in compared]
+        for subject in subjects:
+            with _blamed_on(subject):
+                self._measure_quality_of([subject], None)
+        for subject in self._alive():
+            subject.take_quality_from(first_of_folder[subject.folder])
+
+    def _measure_quality_of(self, subjects: list[Subject], reference: Subject | None) -> None:
+        """Let models with the same vocabulary predict the text, window by window, the reference first."""
+        tokens = subjects[0].tokenize(self._text)
+        shortest_context = min(subject.context_length for subject in subjects)
+        windows = windows_of(tokens, shortest_context, self._settings.quality_tokens)
+        for subject in subjects:
+            subject.quality_text = self._text_title
+            subject.quality_reference = None if reference in (None, subject) else reference.name if reference else None
+        with tempfile.TemporaryDirectory(prefix="gpt2-edge-bench-") as folder:
+            saved = str(Path(folder) / "logits.npy") if len(subjects) > 1 else None
+            for number, window in enumerate(windows, start=1):
+                for subject in subjects:
+                    if subject.alive:
+                        self._on_step(f"quality, window {number} of {len(windows)}: {subject.name}")
+                        self._measure_window(subject, window, saved, is_reference=subject is reference)
+
+    def _measure_window(self, subject: Subject, window: list[int], saved: str | None, is_reference: bool) -> None:
+        compared_with = None if is_reference else saved
+        save_to = saved if is_reference else None
+        if is_reference:
+            subject.add_window(window, compared_with, save_to)
+        else:
+            with _blamed_on(subject):
+                subject.add_window(window, compared_with, save_to)
+
+    def _sustain(self, subject: Subject) -> None:
+        count = min(_SUSTAINED_SAMPLE_TOKENS, subject.context_length - 1)
+        started_at = time.perf_counter()
+        while time.perf_counter() - started_at < self._settings.sustain_seconds:
+            speed = subject.ask_speed(SpeedTest(0, count))
+            subject.sustained.append((round(time.perf_counter() - started_at, 3), speed))
+
+
+def run(
+    folders: Sequence[str | Path] = ("storyteller",),
+    *,
+    settings: Settings | None = None,
+    text: str | Path | None = None,
+    on_step: OnStep = lambda _: None,
+) -> Report:
+    """Measure speed, memory and quality of model folders side by side.
+
+    Args:
+        folders: Model folders, or "storyteller".
+        settings: What is measured; None takes the defaults.
+        text: A UTF-8 file to measure quality over; None takes the excerpt that comes with gpt2-edge.
+        on_step: Called with a description before each step.
+
+    Returns:
+        A row for each folder and number of threads; one that cannot be measured says why. After Ctrl-C, what was
+        measured until then.
+
+    Raises:
+        OptionError: There is no folder, or the text cannot be used.
+    """
+    coordinator = Coordinator(folders, settings or Settings(), None if text is None else Path(text), on_step)
+    coordinator.measure()
+    return coordinator.report()
+
+
+def _subjects(folders: Sequence[str], settings: Settings) -> list[Subject]:
+    if not folders:
+        raise OptionError("no model folder is given: give at least one, or storyteller")
+    short_names = [Path(folder).name or folder for folder in folders]
+    names = [
+        short if short_names.count(short) == 1 else folder for short, folder in zip(short_names, folders, strict=True)
+    ]
+    if len(set(names)) < len(names):
+        raise OptionError("a model folder is given twice: give each once")
+    threads = settings.threads or (None,)
+    return [
+        Subject(name if len(threads) == 1 else f"{name} ({count} thr.)", folder, count)
+        for name, folder in zip(names, folders, strict=True)
+        for count in threads
+    ]
+
+
+@contextlib.contextmanager
+def _blamed_on(subject: Subject) -> Iterator[None]:
+    """What fails belongs to the row of one model, and the others go on."""
+    try:
+        yield
+    except WorkerDiedError as error:
+        subject.fail(str(error))
+    except (WorkerError, Gpt2EdgeError, OSError, MemoryError) as error:
+        subject.note(str(error) or type(error).__name__)
+
+
+def _read_text(path: Path | None) -> tuple[str, str]:
+    """Return the title and the contents of the text for quality."""
+    if path is None:
+        excerpt = resources.files("gpt2_edge.benchmarks") / EXCERPT_NAME
+        return EXCERPT_TITLE, excerpt.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"cannot read the text {path}: {error}") from error
+    if not text.strip():
+        raise OptionError(f"the text {path} is empty: give one of at least a few hundred words")
+    return path.name, text
+
+
+def _arguments(settings: Settings, text: Path | None) -> list[str]:
+    """Return the options that measure the same again."""
+    default = Settings()
+    arguments: list[str] = []
+    for option, name in (("-p", "prompts"), ("-n", "new_tokens"), ("-d", "depths"), ("-b", "batches")):
+        value: Any = getattr(settings, name)
+        if value != getattr(default, name):
+            arguments += [option, ",".join(map(str, value))]
+    if settings.repetitions != default.repetitions:
+        arguments += ["-r", str(settings.repetitions)]
+    if settings.threads is not None:
+        arguments += ["--threads", ",".join(map(str, settings.threads))]
+    if settings.device != default.device:
+        arguments += ["--device", settings.device]
+    if settings.quality_tokens != default.quality_tokens:
+        arguments += ["--quality-tokens", str(settings.quality_tokens)]
+    if settings.sustain_seconds:
+        arguments += ["--sustain", f"{settings.sustain_seconds:g}"]
+    return arguments if text is None else [*arguments, "--text", str(text)]
+
+
+def command_line(report: Report) -> str:
+    """Return the command that measures the same again, quoted for a POSIX shell."""
+    return shlex.join(report.command)

@@ -1,0 +1,80 @@
+"""The other end of a worker: start its process, ask, close."""
+
+import contextlib
+import json
+import subprocess
+import sys
+from types import TracebackType
+from typing import IO, Any, Self, cast
+
+from gpt2_edge.errors import Gpt2EdgeError
+
+_PATIENCE_SECONDS = 5.0
+
+
+class WorkerError(Gpt2EdgeError):
+    """A request failed; the worker can go on."""
+
+
+class WorkerDiedError(WorkerError):
+    """The worker's process ended."""
+
+
+class WorkerProcess:
+    """A process of its own for one model."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "gpt2_edge.benchmarks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            encoding="utf-8",
+        )
+        self._requests = cast(IO[str], self._process.stdin)
+        self._answers = cast(IO[str], self._process.stdout)
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """Send a request and wait for the answer.
+
+        Raises:
+            WorkerError: It failed; `WorkerDiedError` if the process ended.
+        """
+        try:
+            self._requests.write(json.dumps({"do": do, **arguments}) + "\n")
+            self._requests.flush()
+            line = self._answers.readline()
+        except OSError:
+            line = ""
+        if not line:
+            raise WorkerDiedError(self._last_words())
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise WorkerError(answer["error"])
+        return answer
+
+    def close(self) -> None:
+        """End the process, whatever it is doing. May be called again."""
+        for stream in (self._requests, self._answers):
+            with contextlib.suppress(OSError):
+                stream.close()
+        self._process.terminate()
+        try:
+            self._process.wait(_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _last_words(self) -> str:
+        status = self._process.wait()
+        if status < 0:
+            hint = ": out of memory?" if status == -9 else ""
+            return f"its process was ended by signal {-status}{hint}"
+        return f"its process ended with status {status}; what it printed is above"

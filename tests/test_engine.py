@@ -1,0 +1,765 @@
+"""The engine: rows that come and go in any order and from any thread get exactly the tokens they get alone."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any, Final, cast
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt2_edge import Model, ModelClosedError
+from gpt2_edge.engine import MAXIMUM_ROWS, PREFILL_CHUNK_TOKENS, Engine, Row
+from gpt2_edge.generation import LogitsRow
+from gpt2_edge.session import StepSession
+
+Logits = npt.NDArray[np.float32]
+Tokens = Sequence[int]
+
+VOCABULARY: Final = 64
+PATIENCE_SECONDS: Final = 20  # for what should take no time at all
+
+
+# A model whose logits depend on every token, and a session that keeps tokens where the real one keeps keys and values.
+
+
+def logits_after(tokens: Tokens) -> Logits:
+    digest = blake2b(bytes(tokens), digest_size=VOCABULARY).digest()
+    return np.frombuffer(digest, np.uint8).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class FakeCache:
+    saved: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.saved)
+
+
+class FakeSession:
+    """Checks that the engine uses slots as the real session allows.
+
+    Attributes:
+        calls: "prefill", "decode 2" (for two rows) and so on, in order.
+        on_call: Called with the same text before the call does anything.
+    """
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.on_call: Callable[[str], None] = lambda call: None
+        self.closed = False
+        self._stored: list[list[int] | None] = [None]
+        self._in_use = threading.Lock()
+        self._terminated = threading.Event()
+
+    @property
+    def slots(self) -> int:
+        return len(self._stored)
+
+    def reserve_slots(self, slots: int, lengths: Mapping[int, int]) -> None:
+        with self._used_alone(f"reserve {slots}"):
+            assert slots <= MAXIMUM_ROWS
+            if slots > self.slots:
+                kept = {slot: self._first(slot, length) for slot, length in lengths.items()}
+                self._stored = [kept.get(slot) for slot in range(slots)]
+
+    def release_spare_slots(self) -> None:
+        with self._used_alone("release"):
+            if self.slots > 1:
+                self._stored = [None]
+
+    def prefill(self, slot: int, tokens: Tokens, start: int, logit_positions: npt.NDArray[np.int64]) -> Logits:
+        self._terminated.clear()
+        with self._used_alone("prefill"):
+            assert 1 <= len(tokens) <= PREFILL_CHUNK_TOKENS
+            before = self._first(slot, start) if start else []
+            self._stored[slot] = [*before, *tokens]
+            rows = [logits_after([*before, *tokens[: position + 1]]) for position in logit_positions.tolist()]
+            return np.array(rows, np.float32).reshape(-1, VOCABULARY)
+
+    def decode(self, tokens: Tokens, lengths: Tokens) -> Logits:
+        with self._used_alone(f"decode {len(tokens)}"):
+            assert 1 <= len(tokens) == len(lengths) <= MAXIMUM_ROWS
+            for slot, (token, length) in enumerate(zip(tokens, lengths, strict=True)):
+                self._stored[slot] = [*self._first(slot, length), token]
+            return np.array([logits_after(cast(list[int], self._stored[slot])) for slot in range(len(tokens))])
+
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        with self._used_alone("copy"):
+            assert source != target
+            self._first_slot_exists(target)
+            self._stored[target] = self._first(source, length)
+
+    def save(self, slot: int, length: int) -> FakeCache:
+        with self._used_alone("save"):
+            return FakeCache(tuple(self._first(slot, length)))
+
+    def restore(self, slot: int, sequence: FakeCache, length: int) -> None:
+        with self._used_alone("restore"):
+            self._first_slot_exists(slot)
+            assert length <= sequence.tokens
+            self._stored[slot] = list(sequence.saved[:length])
+
+    def terminate_prefill(self) -> None:
+        self._terminated.set()
+
+    def wait_until_terminated(self) -> None:
+        assert self._terminated.wait(PATIENCE_SECONDS), "nobody ended the prefill"
+        raise RuntimeError("the run was terminated")
+
+    def close(self) -> None:
+        with self._used_alone("close"):
+            self.closed = True
+
+    def decode_sizes(self) -> list[int]:
+        return [int(call.removeprefix("decode ")) for call in self.calls if call.startswith("decode")]
+
+    @contextmanager
+    def _used_alone(self, call: str) -> Iterator[None]:
+        assert self._in_use.acquire(blocking=False), "two threads use the session at once"
+        try:
+            assert not self.closed, "the session is used after it was closed"
+            self.calls.append(call)
+            self.on_call(call)
+            yield
+        finally:
+            self._in_use.release()
+
+    def _first(self, slot: int, length: int) -> list[int]:
+        self._first_slot_exists(slot)
+        stored = self._stored[slot]
+        assert stored is not None, f"slot {slot} is read, and nothing was written to it"
+        assert len(stored) >= length, f"slot {slot} holds {len(stored)} tokens, {length} are read"
+        return stored[:length]
+
+    def _first_slot_exists(self, slot: int) -> None:
+        assert 0 <= slot < self.slots, f"there are {self.slots} slots, slot {slot} is used"
+
+
+class Spoken(Row):
+    """Takes the likeliest token shifted by `accent`, so that rows with one prompt say different things.
+
+    With a `limit`, it forgets the older half of its tokens whenever there are more, and is computed again.
+    """
+
+    def __init__(self, prompt: Tokens, wanted: int, accent: int = 0, limit: int | None = None) -> None:
+        super().__init__(prompt)
+        self.said: list[int] = []
+        self.fails_after: int | None = None
+        self._wanted, self._accent, self._limit = wanted, accent, limit
+        self._expected = spoken_alone(prompt, wanted, accent, limit)
+
+    def logit_positions(self, start: int, stop: int) -> range:
+        return range(stop - 1, stop) if stop == len(self.tokens) else range(0)
+
+    def receive(self, logits: Logits) -> None:
+        assert logits.shape == (1, VOCABULARY)
+        if len(self.said) == self.fails_after:
+            raise ArithmeticError("this row fails")
+        token = next_token(logits[0], self._accent)
+        self.said.append(token)
+        self.tokens.append(token)
+        self.done = len(self.said) == self._wanted
+        if not self.done and self._limit is not None and len(self.tokens) > self._limit:
+            self.tokens = self.tokens[-(self._limit // 2) :]
+            self.restarts = True
+
+    def check(self) -> None:
+        """What was said must be what is said alone, up to where the row was ended."""
+        assert self.done
+        if self.failure is None and not self.abandoned:
+            assert self.said == self._expected
+        else:
+            assert self.said == self._expected[: len(self.said)]
+        if self.final_cache is not None:
+            assert (
+                list(cast(FakeCache, self.final_cache).saved) == self.tokens[: cast(FakeCache, self.final_cache).tokens]
+            )
+
+
+def next_token(logits: Logits, accent: int) -> int:
+    return (int(np.argmax(logits)) + accent) % VOCABULARY
+
+
+def spoken_alone(prompt: Tokens, wanted: int, accent: int, limit: int | None) -> list[int]:
+    tokens, said = list(prompt), []
+    while len(said) < wanted:
+        said.append(next_token(logits_after(tokens), accent))
+        tokens.append(said[-1])
+        if limit is not None and len(tokens) > limit:
+            tokens = tokens[-(limit // 2) :]
+    return said
+
+
+def made_up_prompt(seed: int, length: int) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCABULARY, length).tolist()
+
+
+@pytest.fixture
+def session() -> FakeSession:
+    return FakeSession()
+
+
+@pytest.fixture
+def engine(session: FakeSession) -> Engine:
+    return engine_over(session)
+
+
+def engine_over(session: FakeSession) -> Engine:
+    return Engine(cast(StepSession, session))
+
+
+def finish(engine: Engine, rows: Sequence[Row]) -> None:
+    engine.run_until(lambda: all(row.done for row in rows))
+
+
+def compute(engine: Engine, *rows: Row) -> None:
+    """What a caller does: bring rows, wait for them, and take them out whatever happens."""
+    engine.join(rows)
+    try:
+        finish(engine, rows)
+    finally:
+        engine.leave(rows)
+
+
+# One thread, any order of events.
+
+
+@dataclass(frozen=True)
+class Join:
+    """Some rows come at once; as samples they have one prompt in common."""
+
+    count: int
+    prompt: int
+    wanted: int
+    samples: bool = False
+    limit: int | None = None
+    fails_after: int | None = None
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A row goes on with the tokens, and the saved keys and values, of one that is done."""
+
+    which: int
+    wanted: int
+
+
+@dataclass(frozen=True)
+class Advance:
+    """Somebody waits until a row has said some more."""
+
+    which: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Leave:
+    which: int
+
+
+LENGTHS: Final = st.one_of(st.integers(1, 6), st.sampled_from((127, 128, 129, 255, 256, 300)))
+EVENTS: Final = st.lists(
+    st.one_of(
+        st.builds(
+            Join,
+            count=st.integers(1, 7),
+            prompt=LENGTHS,
+            wanted=st.integers(1, 12),
+            samples=st.booleans(),
+            limit=st.sampled_from((None, None, 301, 304)),
+            fails_after=st.sampled_from((None, None, None, 0, 1, 4)),
+        ),
+        st.builds(Resume, which=st.integers(0, 99), wanted=st.integers(1, 6)),
+        st.builds(Advance, which=st.integers(0, 99), tokens=st.integers(1, 5)),
+        st.builds(Advance, which=st.integers(0, 99), tokens=st.integers(1, 5)),
+        st.builds(Leave, which=st.integers(0, 99)),
+    ),
+    max_size=40,
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=200)
+@given(events=EVENTS)
+def test_any_order_of_events(events: list[Any]) -> None:
+    session = FakeSession()
+    engine = engine_over(session)
+    rows: list[Spoken] = []
+    for number, event in enumerate(events):
+        if isinstance(event, Join):
+            rows += joined(engine, event, number)
+        elif rows:
+            happen(engine, event, rows)
+    finish(engine, rows)
+    for row in rows:
+        row.check()
+        assert row.left
+        assert (row.failure is not None) == (row.fails_after == len(row.said) and not row.abandoned) or row.abandoned
+    if rows:
+        assert session.slots == 1, "memory was not given back"
+    assert all(session.calls[place] != "decode 0" for place in range(len(session.calls)))
+
+
+def joined(engine: Engine, event: Join, number: int) -> list[Spoken]:
+    group = object() if event.samples else None
+    rows = []
+    for place in range(event.count):
+        prompt = made_up_prompt(number if event.samples else 100 * number + place, event.prompt)
+        row = Spoken(prompt, event.wanted, accent=place, limit=event.limit)
+        row.prompt_group, row.keeps_cache = group, True
+        if place == event.count - 1:
+            row.fails_after = event.fails_after
+        rows.append(row)
+    engine.join(rows)
+    return rows
+
+
+def happen(engine: Engine, event: Any, rows: list[Spoken]) -> None:
+    row = rows[event.which % len(rows)]
+    if isinstance(event, Advance):
+        target = len(row.said) + event.tokens
+        engine.run_until(lambda: row.done or len(row.said) >= target)
+    elif isinstance(event, Leave):
+        engine.leave([row])
+    elif row.final_cache is not None:
+        again = Spoken(row.tokens, event.wanted, accent=3)
+        again.initial_cache, again.keeps_cache = row.final_cache, True
+        engine.join([again])
+        rows.append(again)
+
+
+def test_more_rows_than_slots_begin_in_their_order(engine: Engine, session: FakeSession) -> None:
+    rows = [Spoken(made_up_prompt(seed, 3), wanted=5 + seed % 7) for seed in range(3 * MAXIMUM_ROWS)]
+    compute(engine, *rows)
+    for row in rows:
+        row.check()
+    assert max(session.decode_sizes()) == MAXIMUM_ROWS
+    begun = [row.started_at for row in rows]
+    assert begun == sorted(begun)
+
+
+def test_decoding_goes_on_while_a_long_prompt_is_prefilled(engine: Engine, session: FakeSession) -> None:
+    talking = Spoken([1], wanted=30)
+    engine.join([talking])
+    engine.run_until(lambda: len(talking.said) == 3)
+    session.calls.clear()
+    long = Spoken(made_up_prompt(1, 4 * PREFILL_CHUNK_TOKENS + 1), wanted=2)
+    compute(engine, long)
+    between = [call for call in session.calls if call == "prefill" or call.startswith("decode")]
+    assert between.count("prefill") == 5
+    assert between[:10] == ["decode 1", "prefill"] * 5
+    finish(engine, [talking])
+    talking.check()
+    long.check()
+
+
+def test_samples_of_one_prompt_share_its_prefill(engine: Engine, session: FakeSession) -> None:
+    prompt, group = made_up_prompt(2, 300), object()
+    rows = [Spoken(prompt, wanted=6, accent=accent) for accent in range(10)]
+    for row in rows:
+        row.prompt_group = group
+    compute(engine, *rows)
+    for row in rows:
+        row.check()
+    assert session.calls.count("prefill") == 3
+
+
+def test_samples_that_start_over_no_longer_share_anything(engine: Engine) -> None:
+    """Each has forgotten the beginning, and kept what only it has said."""
+    prompt, group = made_up_prompt(3, 20), object()
+    rows = [Spoken(prompt, wanted=30, accent=accent, limit=24) for accent in range(3)]
+    for row in rows:
+        row.prompt_group = group
+    compute(engine, *rows)
+    for row in rows:
+        row.check()
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 400])
+def test_logits_after_every_token(engine: Engine, length: int) -> None:
+    talking = Spoken([1], wanted=20)
+    engine.join([talking])
+    tokens = made_up_prompt(4, length)
+    row = LogitsRow(tokens)
+    compute(engine, row)
+    expected = [logits_after(tokens[: place + 1]) for place in range(length)]
+    np.testing.assert_array_equal(np.concatenate(row.chunks), np.array(expected))
+    finish(engine, [talking])
+    talking.check()
+
+
+# Failures.
+
+
+@pytest.mark.parametrize("failing", ["prefill", "decode 3", "copy"])
+def test_a_step_that_fails_fails_the_rows_in_flight_and_no_other(
+    engine: Engine, session: FakeSession, failing: str
+) -> None:
+    error = RuntimeError("the step failed")
+    rows = [Spoken(made_up_prompt(seed, 5), wanted=4 + 4 * seed) for seed in range(3)]
+    engine.join(rows)
+    engine.run_until(lambda: rows[2].said)
+    late = [Spoken(made_up_prompt(9, 200), wanted=4), Spoken([7], wanted=4)]
+    engine.join(late)
+    session.on_call = fail_once(failing, error)
+    with suppress(RuntimeError):
+        finish(engine, [*rows, *late])
+    finish(engine, [*rows, *late])
+    assert all(row.failure in (None, error) for row in (*rows, *late))
+    assert any(row.failure is error for row in rows) or failing == "copy"
+    assert late[1].failure is None
+    for row in (*rows, *late):
+        row.check()
+    after = Spoken([5], wanted=3)
+    compute(engine, after)
+    after.check()
+
+
+def fail_once(failing: str, error: BaseException) -> Callable[[str], None]:
+    failed = []
+
+    def on_call(call: str) -> None:
+        if call == failing and not failed:
+            failed.append(call)
+            raise error
+
+    return on_call
+
+
+def test_a_row_that_raises_does_not_hurt_the_others(engine: Engine) -> None:
+    rows = [Spoken(made_up_prompt(seed, 5), wanted=9) for seed in range(5)]
+    rows[0].fails_after, rows[3].fails_after = 0, 4
+    compute(engine, *rows)
+    for row in rows:
+        row.check()
+        assert isinstance(row.failure, ArithmeticError) == (row.fails_after is not None)
+
+
+@pytest.mark.parametrize("failing", ["reserve 1", "reserve 2", "release", "restore"])
+def test_memory_that_runs_out_leaves_the_engine_usable(engine: Engine, session: FakeSession, failing: str) -> None:
+    """If the thread that met the error kept the engine to itself, all others would wait for ever."""
+    saved = Spoken([5, 6], wanted=2)
+    saved.keeps_cache = True
+    compute(engine, saved)
+    session.on_call = fail_once(failing, MemoryError("no room"))
+    rows = [Spoken([1], wanted=3), Spoken([2], wanted=3)]
+    rows[1].initial_cache = saved.final_cache
+    rows[1] = resumed(saved, wanted=3)
+    with suppress(MemoryError):
+        compute(engine, *rows)
+    after = Spoken([3], wanted=3)
+    in_a_thread(lambda: compute(engine, after))
+    after.check()
+    assert after.failure is None
+
+
+def resumed(row: Spoken, wanted: int) -> Spoken:
+    again = Spoken(row.tokens, wanted)
+    again.initial_cache = row.final_cache
+    return again
+
+
+def in_a_thread(work: Callable[[], None]) -> None:
+    """Run what might never end."""
+    future: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:  # noqa: BLE001 - raised again by `result`
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    future.result(timeout=PATIENCE_SECONDS)
+
+
+# Several threads.
+
+
+@pytest.fixture
+def many_switches() -> Iterator[None]:
+    """Let threads interrupt each other far more often than they do."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(usual)
+
+
+@pytest.mark.usefixtures("many_switches")
+@pytest.mark.parametrize("seed", range(5))
+def test_threads_that_come_and_go_get_what_they_get_alone(engine: Engine, session: FakeSession, seed: int) -> None:
+    session.on_call = lambda call: time.sleep(0)
+    everything: list[Spoken] = []
+
+    def caller(number: int) -> None:
+        rng = np.random.default_rng(100 * seed + number)
+        for _ in range(6):
+            rows = [
+                Spoken(
+                    made_up_prompt(int(rng.integers(2**32)), int(rng.choice([1, 4, 130, 260]))),
+                    int(rng.integers(1, 15)),
+                )
+                for _ in range(int(rng.integers(1, 5)))
+            ]
+            everything.extend(rows)
+            if rng.random() < 0.3:
+                leave_halfway(engine, rows)
+            else:
+                compute(engine, *rows)
+                assert all(row.left and row.failure is None for row in rows)
+
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(caller, number) for number in range(8)]:
+            done.result(timeout=PATIENCE_SECONDS)
+    for row in everything:
+        row.check()
+    assert max(session.decode_sizes()) > 1
+    assert session.slots == 1
+
+
+def leave_halfway(engine: Engine, rows: list[Spoken]) -> None:
+    engine.join(rows)
+    engine.run_until(lambda: len(rows[0].said) >= 2 or rows[0].done)
+    engine.leave(rows)
+    engine.run_until(lambda: all(row.left for row in rows))
+
+
+def test_two_callers_share_steps(engine: Engine, session: FakeSession) -> None:
+    rows = [Spoken([1], wanted=10), Spoken([2], wanted=10)]
+    both_are_here = threading.Barrier(2, timeout=PATIENCE_SECONDS)
+
+    def second() -> None:
+        both_are_here.wait()
+        compute(engine, rows[1])
+
+    def wait_for_the_second(call: str) -> None:
+        if call.startswith("decode") and not rows[0].done and both_are_here.n_waiting + len(rows[1].said) == 1:
+            both_are_here.wait()
+        time.sleep(0.001)
+
+    session.on_call = wait_for_the_second
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(second), pool.submit(compute, engine, rows[0])]:
+            done.result(timeout=PATIENCE_SECONDS)
+    assert 2 in session.decode_sizes()
+    assert len(session.decode_sizes()) < 18
+    for row in rows:
+        row.check()
+
+
+def test_a_caller_goes_when_its_row_is_done_though_others_go_on(engine: Engine, session: FakeSession) -> None:
+    long, short = Spoken([1], wanted=200), Spoken([2], wanted=3)
+    short_is_back = threading.Event()
+
+    def hold_the_long_one(call: str) -> None:
+        if len(long.said) == 150:
+            assert short_is_back.wait(PATIENCE_SECONDS), "the short row waits for the long one"
+
+    session.on_call = hold_the_long_one
+    engine.join([long])
+    engine.run_until(lambda: long.said)
+    with ThreadPoolExecutor(2) as pool:
+        quick = pool.submit(compute, engine, short)
+        slow = pool.submit(finish, engine, [long])
+        quick.result(timeout=PATIENCE_SECONDS)
+        short_is_back.set()
+        slow.result(timeout=PATIENCE_SECONDS)
+    short.check()
+    long.check()
+
+
+def test_another_caller_takes_over_when_the_one_that_computes_has_finished(
+    engine: Engine, session: FakeSession
+) -> None:
+    short, long = Spoken([1], wanted=5), Spoken([2], wanted=50)
+    engine.join([short, long])
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(finish, engine, [row]) for row in (short, long)]:
+            done.result(timeout=PATIENCE_SECONDS)
+    short.check()
+    long.check()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(1)], ids=["interrupt", "exit"])
+def test_a_caller_that_is_interrupted_takes_only_its_own_row_along(
+    engine: Engine, session: FakeSession, error: BaseException
+) -> None:
+    mine, other = Spoken([1], wanted=20), Spoken([2], wanted=20)
+    engine.join([other])
+    engine.run_until(lambda: len(other.said) == 2)
+    session.on_call = fail_once("decode 2", error)
+    with pytest.raises(type(error)):
+        compute(engine, mine)
+    assert not other.done
+    in_a_thread(lambda: finish(engine, [other]))
+    other.check()
+    mine.check()
+    assert mine.left
+
+
+def test_leaving_ends_a_prefill_that_another_thread_computes(engine: Engine, session: FakeSession) -> None:
+    row, waiting = Spoken(made_up_prompt(1, 400), wanted=5), Spoken([3], wanted=4)
+    in_prefill = threading.Event()
+
+    def hang(call: str) -> None:
+        if call == "prefill":
+            in_prefill.set()
+            session.on_call = lambda call: None
+            session.wait_until_terminated()
+
+    session.on_call = hang
+    with ThreadPoolExecutor(1) as pool:
+        computing = pool.submit(compute, engine, row)
+        assert in_prefill.wait(PATIENCE_SECONDS)
+        engine.join([waiting])
+        engine.leave([row])
+        computing.result(timeout=PATIENCE_SECONDS)
+    assert row.left
+    assert row.failure is None
+    assert row.said == []
+    assert session.calls.count("prefill") == 1
+    finish(engine, [waiting])
+    waiting.check()
+
+
+def test_leaving_between_two_chunks_computes_no_more_of_them(engine: Engine, session: FakeSession) -> None:
+    row, talking = Spoken(made_up_prompt(1, 400), wanted=5), Spoken([3], wanted=9)
+    engine.join([talking])
+    engine.run_until(lambda: talking.said)
+    engine.join([row])
+    engine.run_until(lambda: row.prefilled)
+    assert row.prefilled == PREFILL_CHUNK_TOKENS
+    session.calls.clear()
+    engine.leave([row])
+    assert row.left
+    finish(engine, [talking])
+    talking.check()
+    assert "prefill" not in session.calls
+
+
+def test_leaving_before_the_first_step_costs_nothing(engine: Engine, session: FakeSession) -> None:
+    row = Spoken([1], wanted=5)
+    engine.join([row])
+    engine.leave([row])
+    engine.leave([row])
+    assert row.left
+    assert row.done
+    assert "prefill" not in session.calls
+
+
+def test_closing_fails_all_rows_and_ends_the_prefill(engine: Engine, session: FakeSession) -> None:
+    computed, waiting = Spoken(made_up_prompt(1, 400), wanted=5), Spoken([1], wanted=5)
+    in_prefill = threading.Event()
+
+    def hang(call: str) -> None:
+        if call == "prefill":
+            in_prefill.set()
+            session.wait_until_terminated()
+
+    session.on_call = hang
+    with ThreadPoolExecutor(2) as pool:
+        callers = [pool.submit(compute, engine, computed)]
+        assert in_prefill.wait(PATIENCE_SECONDS)
+        callers.append(pool.submit(compute, engine, waiting))
+        while not waiting.tokens or waiting.left:
+            time.sleep(0.001)
+        engine.close()
+        for caller in callers:
+            caller.result(timeout=PATIENCE_SECONDS)
+    for row in (computed, waiting):
+        assert isinstance(row.failure, ModelClosedError)
+        assert row.left
+    assert session.closed
+    engine.close()
+    with pytest.raises(ModelClosedError, match="closed"):
+        engine.join([Spoken([1], wanted=1)])
+    engine.leave([computed, waiting])
+    assert session.calls.count("close") == 1
+
+
+# The real model.
+
+
+def real_work(model: Model, number: int) -> Any:
+    """One of several uses of a model, with a prompt and a seed of its own."""
+    prompt = made_up_prompt(number, [3, 40, 130, 300][number % 4])
+    options: dict[str, Any] = {"max_new_tokens": 12 + 4 * (number % 5), "temperature": 1.0, "seed": number}
+    if number % 5 == 0:
+        stream = model.stream(prompt, **options)
+        return "".join(piece.text for piece in stream), stream.result.tokens
+    if number % 5 == 1:
+        return model.score(prompt).logprobs
+    if number % 5 == 2:
+        return [sample.tokens for sample in model.generate(prompt, n=3, **options)]
+    return model.generate(prompt, **options).tokens
+
+
+@pytest.mark.parametrize("fixture", ["fp32_model", "int8_model"])
+def test_eight_threads_get_what_one_gets(request: pytest.FixtureRequest, fixture: str) -> None:
+    model: Model = request.getfixturevalue(fixture)
+    expected = [real_work(model, number) for number in range(24)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: real_work(model, number), range(24)))
+    assert found == expected
+
+
+def test_threads_of_a_real_model_share_steps(int8_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    decode = StepSession.decode
+
+    def record(session: StepSession, tokens: Tokens, lengths: Tokens) -> Logits:
+        sizes.append(len(tokens))
+        return decode(session, tokens, lengths)
+
+    monkeypatch.setattr(StepSession, "decode", record)
+    start = threading.Barrier(2)
+
+    def caller(seed: int) -> None:
+        start.wait(PATIENCE_SECONDS)
+        int8_model.generate([5], max_new_tokens=100, temperature=1.0, seed=seed, ignore_eos=True)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(caller, range(2)))
+    assert 2 in sizes
+
+
+def test_other_threads_run_during_a_step(fp32_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever computes a step must not keep the interpreter to itself: a window would freeze."""
+    steps: list[tuple[float, float]] = []
+    prefill = StepSession.prefill
+
+    def timed(session: StepSession, *arguments: Any) -> Logits:
+        begin = time.perf_counter()
+        logits = prefill(session, *arguments)
+        steps.append((begin, time.perf_counter()))
+        return logits
+
+    monkeypatch.setattr(StepSession, "prefill", timed)
+    ticks: list[float] = []
+    over = threading.Event()
+
+    def tick() -> None:
+        while not over.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.0005)
+
+    ticker = threading.Thread(target=tick)
+    ticker.start()
+    try:
+        for _ in range(10):
+            fp32_model.next_tokens(made_up_prompt(1, 400))
+    finally:
+        over.set()
+        ticker.join()
+    interrupted = sum(any(begin < moment < end for moment in ticks) for begin, end in steps)
+    assert interrupted > len(steps) / 2, "nothing else ran while most of the steps were computed"
+    assert max(np.diff(ticks)) < 0.5
