@@ -1,9 +1,9 @@
 """Speed, memory and quality, side by side.
 
-    from gpt2_edge import benchmarks
+    report = gpt2_edge.benchmarks.run(["gpt2-fp32", "gpt2-int8"])
+    report.variants[1].speeds["tg128"].tokens_per_second.mean
 
-report = benchmarks.run(["gpt2-fp32", "gpt2-int8"], settings=benchmarks.Settings(repetitions=3))
-report.variants[1].speeds["tg128"].tokens_per_second.mean
+`gpt2-edge bench` is the same on the command line.
 """
 
 if __name__ != "gpt2_edge.benchmarks":

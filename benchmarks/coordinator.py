@@ -32,7 +32,8 @@ EXCERPT_TITLE: Final = "the excerpt that comes with gpt2-edge"
 _IDLE_SECONDS: Final = 1.0
 _SUSTAINED_SAMPLE_TOKENS: Final = 64
 
-OnStep = Callable[[str], object]
+OnStage = Callable[[str], object]
+OnStep = Callable[[], object]
 
 
 class Coordinator:
@@ -42,34 +43,50 @@ class Coordinator:
         folders: Model folders, or "storyteller".
         settings: What is measured.
         text: A UTF-8 file to measure quality over; None takes the excerpt that comes with gpt2-edge.
-        on_step: Called with a description before each step.
+
+    Attributes:
+        steps: How many times `on_step` is called, unless something fails.
     """
 
-    def __init__(
-        self,
-        folders: Sequence[str | Path],
-        settings: Settings,
-        text: Path | None = None,
-        on_step: OnStep = lambda _: None,
-    ) -> None:
+    def __init__(self, folders: Sequence[str | Path], settings: Settings, text: Path | None = None) -> None:
         self._settings = settings
         self._text_title, self._text = _read_text(text)
         self._text_path = text
-        self._on_step = on_step
         self._started_at = time.perf_counter()
         self._created_at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         self._environment = describe_environment()
-        self.folders = [str(folder) for folder in folders]
-        self._subjects = _subjects(self.folders, settings)
+        self._folders = [str(folder) for folder in folders]
+        self._subjects = _subjects(self._folders, settings)
+        self._tests = self._plan_tests()
         self._interrupted = False
+        self._on_stage: OnStage = lambda _: None
+        self._on_step: OnStep = lambda: None
+        rounds = len(self._tests) * (1 + settings.repetitions) + 2 * settings.repetitions
+        extras = 1 + 2 + bool(settings.quality_tokens) + bool(settings.sustain_seconds)
+        self.steps = len(self._alive()) * (rounds + extras)
 
-    def measure(self) -> None:
-        """Measure everything; on Ctrl-C, stop where it is."""
+    def measure(self, on_stage: OnStage | None = None, on_step: OnStep | None = None) -> None:
+        """Measure everything; on Ctrl-C, stop where it is.
+
+        Args:
+            on_stage: Called with a description when something else begins.
+            on_step: Called after each step.
+        """
+        self._on_stage = on_stage or self._on_stage
+        self._on_step = on_step or self._on_step
         with ExitStack() as stack:
             for subject in self._subjects:
                 stack.callback(subject.close)
             try:
-                self._measure_all()
+                self._load()
+                self._measure_speed()
+                self._measure_processes()
+                if self._settings.quality_tokens:
+                    self._on_stage("quality")
+                    self._measure_quality()
+                if self._settings.sustain_seconds:
+                    self._on_stage("sustained decoding")
+                    self._each(self._sustain)
             except KeyboardInterrupt:
                 self._interrupted = True
 
@@ -77,7 +94,7 @@ class Coordinator:
         """Return what was measured so far."""
         return Report(
             created_at=self._created_at,
-            command=("gpt2-edge", "bench", *self.folders, *_arguments(self._settings, self._text_path)),
+            command=("gpt2-edge", "bench", *self._folders, *_arguments(self._settings, self._text_path)),
             settings=json.loads(json.dumps(asdict(self._settings))),
             environment=self._environment,
             variants=tuple(subject.variant() for subject in self._subjects),
@@ -85,32 +102,28 @@ class Coordinator:
             seconds=round(time.perf_counter() - self._started_at, 1),
         )
 
-    def _measure_all(self) -> None:
-        for subject in self._subjects:
-            self._on_step(f"loading {subject.name}")
-            subject.start(self._settings.device)
-        tests = self._plan_tests()
-        for test in tests:
-            self._each(f"{test.name}, warming up", partial(Subject.warm_up, test=test))
+    def _load(self) -> None:
+        self._on_stage("loading")
+        self._each(partial(Subject.start, device=self._settings.device))
+
+    def _measure_speed(self) -> None:
+        self._on_stage("warming up")
+        for test in self._tests:
+            self._each(partial(Subject.warm_up, test=test))
         bandwidths = {subject.name: ReadBandwidth(subject.weights_bytes, subject.threads) for subject in self._alive()}
-        for repetition in range(self._settings.repetitions):
-            turn = f"repetition {repetition + 1} of {self._settings.repetitions}"
+        repetitions = self._settings.repetitions
+        for repetition in range(repetitions):
+            self._on_stage(f"repetition {repetition + 1} of {repetitions}")
             backwards = repetition % 2 == 1
-            for test in tests:
-                self._each(f"{test.name}, {turn}", partial(Subject.sample_speed, test=test), backwards)
-            self._each(f"latency, {turn}", lambda subject: subject.sample_latency(self._settings), backwards)
-            self._each(
-                f"memory bandwidth, {turn}",
-                lambda subject: subject.bandwidth_samples.append(bandwidths[subject.name].measure()),
-                backwards,
-            )
-        bandwidths.clear()
-        self._each("memory", lambda subject: subject.take_memory())
-        self._each("idle CPU", lambda subject: subject.take_idle(_IDLE_SECONDS))
-        if self._settings.quality_tokens:
-            self._measure_quality()
-        if self._settings.sustain_seconds:
-            self._each("sustained decoding", self._sustain)
+            for test in self._tests:
+                self._each(partial(Subject.sample_speed, test=test), backwards)
+            self._each(partial(Subject.sample_latency, settings=self._settings), backwards)
+            self._each(lambda subject: subject.add_bandwidth(bandwidths[subject.name].measure()), backwards)
+
+    def _measure_processes(self) -> None:
+        self._on_stage("memory and idle CPU")
+        self._each(Subject.take_memory)
+        self._each(partial(Subject.take_idle, seconds=_IDLE_SECONDS))
 
     def _plan_tests(self) -> list[SpeedTest]:
         """Give each model its tests, and return those of all."""
@@ -122,13 +135,13 @@ class Coordinator:
     def _alive(self) -> list[Subject]:
         return [subject for subject in self._subjects if subject.alive]
 
-    def _each(self, step: str, measure: Callable[[Subject], object], backwards: bool = False) -> None:
+    def _each(self, measure: Callable[[Subject], object], backwards: bool = False) -> None:
         """Do something with each model in turn; one whose process ends is not asked again."""
         subjects = self._alive()
         for subject in reversed(subjects) if backwards else subjects:
-            self._on_step(f"{step}: {subject.name}" if len(subjects) > 1 else step)
             with _blamed_on(subject):
                 measure(subject)
+            self._on_step()
 
     def _measure_quality(self) -> None:
         # Threads do not change the logits, so one row of each folder is enough.
@@ -146,6 +159,7 @@ class Coordinator:
                 self._measure_quality_of([subject], None)
         for subject in self._alive():
             subject.take_quality_from(first_of_folder[subject.folder])
+            self._on_step()
 
     def _measure_quality_of(self, subjects: list[Subject], reference: Subject | None) -> None:
         """Let models with the same vocabulary predict the text, window by window, the reference first."""
@@ -157,10 +171,9 @@ class Coordinator:
             subject.quality_reference = None if reference in (None, subject) else reference.name if reference else None
         with tempfile.TemporaryDirectory(prefix="gpt2-edge-bench-") as folder:
             saved = str(Path(folder) / "logits.npy") if len(subjects) > 1 else None
-            for number, window in enumerate(windows, start=1):
+            for window in windows:
                 for subject in subjects:
                     if subject.alive:
-                        self._on_step(f"quality, window {number} of {len(windows)}: {subject.name}")
                         self._measure_window(subject, window, saved, is_reference=subject is reference)
 
     def _measure_window(self, subject: Subject, window: list[int], saved: str | None, is_reference: bool) -> None:
@@ -185,7 +198,7 @@ def run(
     *,
     settings: Settings | None = None,
     text: str | Path | None = None,
-    on_step: OnStep = lambda _: None,
+    on_stage: OnStage | None = None,
 ) -> Report:
     """Measure speed, memory and quality of model folders side by side.
 
@@ -193,7 +206,7 @@ def run(
         folders: Model folders, or "storyteller".
         settings: What is measured; None takes the defaults.
         text: A UTF-8 file to measure quality over; None takes the excerpt that comes with gpt2-edge.
-        on_step: Called with a description before each step.
+        on_stage: Called with a description when something else begins.
 
     Returns:
         A row for each folder and number of threads; one that cannot be measured says why. After Ctrl-C, what was
@@ -202,8 +215,8 @@ def run(
     Raises:
         OptionError: There is no folder, or the text cannot be used.
     """
-    coordinator = Coordinator(folders, settings or Settings(), None if text is None else Path(text), on_step)
-    coordinator.measure()
+    coordinator = Coordinator(folders, settings or Settings(), None if text is None else Path(text))
+    coordinator.measure(on_stage)
     return coordinator.report()
 
 

@@ -211,6 +211,42 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """One quantity of a row, now and in an earlier report.
+
+    Attributes:
+        name: Of the row.
+        quantity: Name of the test, or "time to first token".
+        before: In the earlier report.
+        now: In this one.
+        verdict: "faster" or "slower" if the spreads support it, otherwise "no difference beyond the spread".
+        times_as_fast: How many times; None without a difference.
+    """
+
+    name: str
+    quantity: str
+    before: Measurement
+    now: Measurement
+    verdict: str
+    times_as_fast: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """This report against an earlier one.
+
+    Attributes:
+        earlier: Where and when that was made.
+        verdicts: Of what both have.
+        notes: Why the two may not be comparable.
+    """
+
+    earlier: str
+    verdicts: tuple[Verdict, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """All rows, and where, when and how they were measured.
 
@@ -223,6 +259,7 @@ class Report:
         variants: The rows.
         interrupted: Whether Ctrl-C ended it before everything was measured.
         seconds: How long it took.
+        comparison: With an earlier report, if that was asked for.
     """
 
     schema: str = SCHEMA
@@ -233,6 +270,7 @@ class Report:
     variants: tuple[Variant, ...]
     interrupted: bool = False
     seconds: float = 0.0
+    comparison: Comparison | None = None
 
     def to_json(self) -> str:
         """Return the report as JSON."""

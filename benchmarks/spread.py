@@ -1,7 +1,7 @@
 """A measured number with its spread, and what may be said about two of them.
 
-One rule decides everywhere whether a difference is real: the intervals mean ± sample standard deviation do not
-overlap. Without that, no ratio is printed and no verdict is given.
+One rule decides everywhere whether a difference is real: there are three samples or more of each, and the intervals
+mean ± sample standard deviation do not overlap. Without that, no ratio is printed and no verdict is given.
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 DISTURBED_SPREAD: Final = 0.10
+FEWEST_SAMPLES: Final = 3  # the deviation of two says next to nothing: they are near each other by chance often
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +63,8 @@ def measurement(samples: Sequence[float]) -> Measurement:
 def supported_ratio(one: Measurement | None, other: Measurement | None) -> Ratio | None:
     """Return `one / other` if the spreads support that they differ at all; None if not, or if one is missing."""
     if one is None or other is None or one.stddev is None or other.stddev is None:
+        return None
+    if min(len(one.samples), len(other.samples)) < FEWEST_SAMPLES:
         return None
     if abs(one.mean - other.mean) <= one.stddev + other.stddev:
         return None

@@ -24,8 +24,7 @@ class Subject:
         threads: None for the cores allowed.
 
     Attributes:
-        alive: Whether it is loaded and can be asked.
-        bandwidth_samples: Bytes a second that memory was read with.
+        alive: Whether it can be measured, as far as is known.
         sustained: When a sample of sustained decoding ended, and its tokens a second.
         quality_text: Which text quality is measured over.
         quality_reference: Name of the row it is compared with.
@@ -35,7 +34,7 @@ class Subject:
         self.name = name
         self.folder = folder
         self.alive = False
-        self.bandwidth_samples: list[float] = []
+        self._bandwidth_samples: list[float] = []
         self.sustained: list[tuple[float, float]] = []
         self.quality_text = ""
         self.quality_reference: str | None = None
@@ -55,21 +54,30 @@ class Subject:
         self._tally = QualityTally()
         self._quality: Quality | None = None
 
+        try:
+            self._manifest = open_folder(folder).manifest
+            self.alive = True
+        except Gpt2EdgeError as error:
+            self.fail(str(error))
+
     def start(self, device: str) -> None:
         """Load the model in a process of its own; if that fails, the row says why."""
         try:
-            self._manifest = open_folder(self.folder).manifest
             self._process = WorkerProcess()
             self._loaded = self._process.ask("load", folder=self.folder, device=device, threads=self._asked_threads)
-            self.alive = True
         except (Gpt2EdgeError, OSError) as error:
             self.fail(str(error))
+
+    def add_bandwidth(self, bytes_per_second: float) -> None:
+        """Take a sample of the speed of memory."""
+        self._bandwidth_samples.append(bytes_per_second)
 
     def close(self) -> None:
         """End the process."""
         self.alive = False
         if self._process is not None:
             self._process.close()
+            self._process = None
 
     def fail(self, error: str) -> None:
         """Give up: the row keeps what it has, and says why there is no more."""
@@ -252,12 +260,12 @@ class Subject:
         )
 
     def _bandwidth(self) -> Bandwidth | None:
-        if not self.bandwidth_samples:
+        if not self._bandwidth_samples:
             return None
         test = next((test for test in self._plan.tests if test.n_gen and test.batch == 1), None)
         depth = 0.0 if test is None else test.n_depth + test.n_gen / 2
         bytes_per_token = bytes_touched_per_token(self.manifest, depth)
-        bandwidth = measurement(self.bandwidth_samples)
+        bandwidth = measurement(self._bandwidth_samples)
         limit = bandwidth.mean / bytes_per_token
         samples = None if test is None else self._speed_samples.get(test.name)
         return Bandwidth(

@@ -1,6 +1,6 @@
 """Stop a generation: from another thread, by a deadline, or by leaving the loop. What was written is kept.
 
-python examples/cancel.py [FOLDER]
+Run: python examples/cancel.py [FOLDER]
 """
 
 import sys
@@ -8,11 +8,10 @@ import threading
 import time
 
 import gpt2_edge
-from gpt2_edge.options import OptionKeywords
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "storyteller"
 # Without an end of its own, so that something has to stop it.
-endless: OptionKeywords = {"max_new_tokens": 1_000_000, "ignore_eos": True, "overflow": "slide", "seed": 7, "top_k": 40}
+endless = {"max_new_tokens": 1_000_000, "ignore_eos": True, "overflow": "slide", "seed": 7, "top_k": 40}
 
 with gpt2_edge.load(folder) as model:
     cancel = threading.Event()

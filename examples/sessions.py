@@ -1,6 +1,6 @@
 """Write a text in turns: append, generate, try two ways on, go back, save, and go on later.
 
-python examples/sessions.py [FOLDER]
+Run: python examples/sessions.py [FOLDER]
 """
 
 import sys
@@ -8,10 +8,9 @@ import tempfile
 from pathlib import Path
 
 import gpt2_edge
-from gpt2_edge.options import OptionKeywords
 
 folder = sys.argv[1] if len(sys.argv) > 1 else "storyteller"
-options: OptionKeywords = {"max_new_tokens": 30, "temperature": 0.8, "top_k": 40}
+options = {"max_new_tokens": 30, "temperature": 0.8, "top_k": 40}
 
 with gpt2_edge.load(folder) as model:
     session = model.session()

@@ -1,6 +1,6 @@
 """Show a text while it is being written, and what is known about it afterwards.
 
-python examples/stream.py [FOLDER]
+Run: python examples/stream.py [FOLDER]
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Let the model choose from a list: a logits processor allows only the tokens that lead to one of its texts.
 
-python examples/structured_choice.py [FOLDER]
+Run: python examples/structured_choice.py [FOLDER]
 """
 
 import math

@@ -1,6 +1,6 @@
 """Let threads share one model: each gets the text that it would get alone, and together they are faster.
 
-python examples/threads.py [FOLDER]
+Run: python examples/threads.py [FOLDER]
 """
 
 import sys

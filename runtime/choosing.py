@@ -1,11 +1,31 @@
-"""Choose the next token of one sequence: its options, its random numbers, what it has said so far."""
+"""Choose the next token of one sequence: its options, its random numbers, what it has said so far.
 
-from collections.abc import Sequence
+The steps and their order are specified in `docs/sampling.md`.
+"""
+
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
+import numpy as np
+
+from gpt2_edge.errors import LogitsError, OptionError
 from gpt2_edge.options import GenerationOptions
 from gpt2_edge.results import TokenLogprobs
-from gpt2_edge.sampling import Logits, RandomUniform, choose_token
+from gpt2_edge.sampling import Logits, RandomUniform, TokenIds, choose_token, find_fault, greedy, keep_top_k
+from gpt2_edge.token_history import TokenHistory
+
+_OFF: Final = GenerationOptions()
+_CHANGE_LOGITS: Final = (
+    "logit_bias",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "no_repeat_ngram_size",
+    "banned_tokens",
+    "min_new_tokens",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,15 +43,27 @@ class TokenChooser:
         options: How to choose.
         seed: Of the random numbers.
         final_tokens: Tokens that may end the continuation, which `min_new_tokens` holds back.
+        position: Random numbers that were drawn before, to go on after them.
     """
 
     def __init__(self, options: GenerationOptions, seed: int, final_tokens: Sequence[int], position: int = 0) -> None:
         self._options = options
-        self._uniform = RandomUniform(seed)
-        self.position = position
-        for _ in range(position):
-            self._uniform.draw()
-        self._final_tokens = final_tokens
+        self._uniform = RandomUniform(seed, position)
+        self._biased_tokens = np.array(list(options.logit_bias), np.int64)
+        self._biases = np.array(list(options.logit_bias.values()), np.float64)
+        self._banned_tokens = np.array(options.banned_tokens, np.int64)
+        self._final_tokens = np.array(final_tokens, np.int64)
+        self._looks_back = _looks_back(options)
+        self._always_changes = bool(
+            self._looks_back or options.logit_bias or options.banned_tokens or options.logits_processor
+        )
+        self._history: TokenHistory | None = None
+        self._vocabulary_size = 0  # of the logits that the options are known to fit
+
+    @property
+    def position(self) -> int:
+        """How many random numbers were drawn; a chooser that starts there goes on with the same ones."""
+        return self._uniform.position
 
     def choose(self, logits: Logits, prompt: Sequence[int], continuation: Sequence[int]) -> Choice:
         """Choose the next token.
@@ -39,7 +71,143 @@ class TokenChooser:
         Args:
             logits: Raw logits, shape [vocabulary]; not changed.
             prompt: Tokens of the prompt.
-            continuation: Tokens chosen so far.
+            continuation: Tokens chosen so far. Prompt and continuation may be others than in the last call.
+
+        Raises:
+            LogitsError: The model's logits, the options or the logits processor leave nothing that can be chosen.
+            OptionError: An option names a token that is not in the vocabulary, or the logits processor returns
+                something. Whatever else the logits processor raises is not caught.
         """
-        self.position += self._options.effective_temperature > 0
-        return Choice(choose_token(logits, self._options, self._uniform), None)
+        if logits.size != self._vocabulary_size:
+            self._check_tokens(logits.size)
+        if self._always_changes or self._holds_back(continuation):
+            token = self._choose_from_changed(logits, prompt, continuation)
+        else:
+            token = choose_token(logits, self._options, self._uniform)
+        count = self._options.logprobs
+        return Choice(token, None if count is None else report_logprobs(logits, token, count))
+
+    def _choose_from_changed(self, logits: Logits, prompt: Sequence[int], continuation: Sequence[int]) -> int:
+        greedy(logits)  # refuses what the model should not have computed, before anybody sees it
+        changed = logits.copy()
+        self._apply_options(changed, prompt, continuation)
+        self._call_processor(changed, prompt, continuation)
+        try:
+            return choose_token(changed, self._options, self._uniform)
+        except LogitsError:
+            raise self._name_culprit(logits, changed, prompt, continuation) from None
+
+    def _apply_options(self, logits: Logits, prompt: Sequence[int], continuation: Sequence[int]) -> None:
+        # In float32 a number may become infinite: -inf is never chosen, and +inf is refused in the end.
+        with np.errstate(over="ignore", invalid="ignore"):
+            logits[self._biased_tokens] += self._biases
+            if self._looks_back:
+                penalize(logits, self._follow(prompt, continuation), self._options)
+        logits[self._banned_tokens] = -math.inf
+        if self._holds_back(continuation):
+            logits[self._final_tokens] = -math.inf
+
+    def _follow(self, prompt: Sequence[int], continuation: Sequence[int]) -> TokenHistory:
+        if self._history is None or not self._history.grows_to(prompt, continuation):
+            self._history = TokenHistory(prompt, self._options.no_repeat_ngram_size)
+        self._history.grow_to(continuation)
+        return self._history
+
+    def _holds_back(self, continuation: Sequence[int]) -> bool:
+        return len(continuation) < self._options.min_new_tokens and self._final_tokens.size > 0
+
+    def _call_processor(self, logits: Logits, prompt: Sequence[int], continuation: Sequence[int]) -> None:
+        processor: Callable[[Sequence[int], Logits], object] | None = self._options.logits_processor
+        if processor is None:
+            return
+        given = logits[:]  # a view, so that not even its shape can be changed for the steps that follow
+        returned = processor([*prompt, *continuation], given)
+        if returned is not None and returned is not given:
+            raise OptionError(
+                f"logits_processor returned {type(returned).__name__}: "
+                "change the logits that it is given in place, and return nothing"
+            )
+
+    def _name_culprit(
+        self, raw: Logits, changed: Logits, prompt: Sequence[int], continuation: Sequence[int]
+    ) -> LogitsError:
+        without_processor = raw.copy()
+        self._apply_options(without_processor, prompt, continuation)
+        fault = find_fault(without_processor)
+        if fault is None:
+            return LogitsError(
+                f"logits_processor left {find_fault(changed)}, so no token can be chosen: "
+                "it must leave at least one number above -inf, and neither NaN nor +inf"
+            )
+        names = " and ".join(
+            name
+            for name in _CHANGE_LOGITS
+            if getattr(self._options, name) != getattr(_OFF, name)
+            and (name != "min_new_tokens" or self._holds_back(continuation))
+        )
+        if np.isneginf(without_processor).all():
+            return LogitsError(f"all tokens are forbidden by {names}: allow at least one")
+        return LogitsError(f"{names} led to {fault}, so no token can be chosen: give smaller numbers")
+
+    def _check_tokens(self, vocabulary_size: int) -> None:
+        named_tokens = {
+            "logit_bias": self._biased_tokens,
+            "banned_tokens": self._banned_tokens,
+            "stop_tokens": self._final_tokens,
+        }
+        for name, tokens in named_tokens.items():
+            if tokens.size and tokens.max() >= vocabulary_size:
+                raise OptionError(
+                    f"{name} has token {tokens.max()}: the vocabulary's tokens are 0 to {vocabulary_size - 1}"
+                )
+        self._vocabulary_size = vocabulary_size
+
+
+def penalize(logits: Logits, history: TokenHistory, options: GenerationOptions) -> None:
+    """Make what has been said less likely, in place: steps 2 to 4 as far as they look back."""
+    tokens = history.tokens
+    if options.repetition_penalty != 1:
+        penalize_repetition(logits, tokens, options.repetition_penalty)
+    if options.presence_penalty or options.frequency_penalty:
+        times = history.times
+        logits[tokens] -= options.presence_penalty * (times > 0) + options.frequency_penalty * times
+    logits[history.completions] = -math.inf
+
+
+def penalize_repetition(logits: Logits, tokens: TokenIds, penalty: float) -> None:
+    """Divide positive and multiply other logits of different tokens by a penalty, in place.
+
+    Keskar et al. 2019, "CTRL: A Conditional Transformer Language Model for Controllable Generation", section 4.1, with
+    the care for the sign that everybody takes since.
+    """
+    found = logits[tokens]
+    logits[tokens] = np.where(found > 0, found / penalty, found * penalty)
+
+
+def report_logprobs(logits: Logits, token: int, count: int) -> TokenLogprobs:
+    """Return the log-probabilities of a token and of the `count` likeliest; of equally likely ones the lower id first.
+
+    Args:
+        logits: Raw logits, shape [vocabulary], of which one can be chosen.
+        token: The chosen token.
+        count: How many of the likeliest; at most all are returned.
+    """
+    likeliest = keep_top_k(logits, count) if count else np.empty(0, np.int64)
+    likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")]
+    exact = logits.astype(np.float64)
+    exact -= exact.max()
+    logarithm_of_sum = math.log(np.exp(exact).sum())
+    return TokenLogprobs(
+        token=token,
+        logprob=float(exact[token]) - logarithm_of_sum,
+        likeliest=list(zip(likeliest.tolist(), (exact[likeliest] - logarithm_of_sum).tolist(), strict=True)),
+    )
+
+
+def _looks_back(options: GenerationOptions) -> bool:
+    return bool(
+        options.repetition_penalty != 1
+        or options.presence_penalty
+        or options.frequency_penalty
+        or options.no_repeat_ngram_size
+    )

@@ -24,6 +24,7 @@ _COMMANDS: Final = {
     "verify": ("gpt2_edge.commands.verify", "check that a model folder is whole and runs"),
     "export": ("gpt2_edge.export.command", "make a model folder from a GPT-2 checkpoint"),
     "quantize": ("gpt2_edge.quantize.command", "make a smaller, faster model folder"),
+    "bench": ("gpt2_edge.benchmarks.command", "speed, memory and quality of model folders, side by side"),
 }
 
 

@@ -66,6 +66,19 @@ def open_folder(folder: str | Path) -> ModelFolder:
     Raises:
         ModelFolderError: It is not a model folder, or one that cannot be used.
     """
+    try:
+        return _open(folder)
+    except OSError as error:
+        raise ModelFolderError(f"cannot read {folder}: {error.strerror or error}") from error
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _open(folder: str | Path) -> ModelFolder:
     path = _bundled_path(str(folder)) if str(folder) in BUNDLED_MODELS else Path(folder)
     manifest_path = path / MANIFEST_NAME
     if not path.exists():
@@ -79,8 +92,8 @@ def open_folder(folder: str | Path) -> ModelFolder:
         raise ModelFolderError(f"{manifest_path} is larger than {MANIFEST_LIMIT_BYTES:,} bytes: not a manifest")
     try:
         manifest = parse_manifest(manifest_path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ModelFolderError(f"cannot read {manifest_path}: {error}") from error
+    except UnicodeDecodeError as error:
+        raise ModelFolderError(f"cannot read {manifest_path}: it is not UTF-8: {error}") from error
     # An installation may consist of links, one for each file, so what counts is where they lead: the files of one
     # model all lie in the folder that really holds its manifest.
     home = manifest_path.resolve().parent
@@ -89,12 +102,6 @@ def open_folder(folder: str | Path) -> ModelFolder:
     if TOKENIZER_NAME not in {entry.name for entry in manifest.files}:
         raise ModelFolderError(f"{path} has no {TOKENIZER_NAME}: export the model again")
     return ModelFolder(home, manifest)
-
-
-def file_sha256(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_entry(path: Path, home: Path, entry: FileEntry) -> None:

@@ -16,15 +16,13 @@ from gpt2_edge.options import GenerationOptions
 
 Logits = npt.NDArray[np.float32]  # [vocabulary]
 TokenIds = npt.NDArray[np.int64]  # [kept], ascending
-Weights = npt.NDArray[
-    np.float32
-]  # [kept], proportional to the probabilities, the largest is 1 unless typical-p is used
+Weights = npt.NDArray[np.float32]  # [kept], proportional to the probabilities
+Keys = npt.NDArray[np.int32]  # [kept], the smaller the sooner a token is taken
 
-Keys = npt.NDArray[np.int32]
-
-_BLOCK: Final = 64
-_BIN_BITS: Final = 10
-_PIECE: Final = 16384
+_BLOCK: Final = 64  # values that are summed up, or whose maximum is taken, at once
+_LIKELY: Final = 8  # times the bound below which weights are surely not in the nucleus: a good guess of its border
+_BIN_BITS: Final = 10  # of a histogram's index
+_PIECE: Final = 16384  # values that are counted at once
 _SORTED_AT_MOST: Final = 256  # so few keys are sorted sooner than counted
 # What float32 can still divide by; beyond these the likeliest token wins, or all are alike, anyway.
 _SMALLEST_TEMPERATURE: Final = 1e-30
@@ -159,16 +157,18 @@ def keep_top_p(weights: Weights, top_p: float) -> TokenIds:
     """Return the indices of the fewest largest weights whose share reaches `top_p`, in ascending order.
 
     The weight that crosses the border is kept, so at least one is; of equal weights the lowest indices are kept.
-    Weights below (1 - top_p) / count of the sum are less than 1 - top_p of it together, so they are not looked at.
+    Weights below (1 - top_p) / count of the sum are less than 1 - top_p of it together, so they need not be looked at;
+    most often not even those below a multiple of that, which is tried first.
     """
     total = _sum(weights)
-    bound = (1 - top_p) * total / weights.size
-    candidates = np.flatnonzero(weights >= 8 * bound)
+    target = top_p * total
+    bound = 0.99 * (1 - top_p) * total / weights.size  # a little less, because sums are rounded
+    candidates = np.flatnonzero(weights >= _LIKELY * bound)
     values = weights[candidates]
-    if _sum(values) < top_p * total:
+    if _sum(values) <= target:
         candidates = np.flatnonzero(weights >= bound)
         values = weights[candidates]
-    return candidates[_fewest(-_bits(values), values, top_p * total)]
+    return candidates[_fewest(-_bits(values), values, target)]
 
 
 def keep_min_p(weights: Weights, min_p: float) -> TokenIds:
@@ -217,10 +217,11 @@ def _first_above(ends: npt.NDArray[np.float64], target: float) -> int:
 def _weights(logits: Logits, largest: np.float32, temperature: float) -> Weights:
     # In place: fresh pages for arrays as long as the vocabulary cost more than the arithmetic.
     with np.errstate(over="ignore"):  # a gap beyond float32 is -inf, and its weight 0
-        weights = logits - largest
+        weights: Weights = logits - largest
         if temperature != 1:
             weights /= np.float32(min(max(temperature, _SMALLEST_TEMPERATURE), _LARGEST_TEMPERATURE))
-    return np.exp(weights, out=weights)
+    np.exp(weights, out=weights)
+    return weights
 
 
 def _narrow(token_ids: TokenIds | None, weights: Weights, kept: TokenIds) -> tuple[TokenIds, Weights]:
@@ -247,10 +248,10 @@ def _without_surplus(
 
 
 def _fewest(keys: Keys, weights: Weights, target: float) -> TokenIds:
-    """Return the indices of the fewest smallest keys whose weights add up to `target`, at least one, in ascending order.
+    """Return the indices of the fewest smallest keys whose weights add up to `target`, in ascending order.
 
-    Of equal keys the lowest indices are taken. The key on the border is found by a histogram of the weights, then by
-    one within the bin that holds the border, and so on: only the last few keys are sorted.
+    At least one is taken, and of equal keys the lowest indices. The key on the border is found by a histogram of the
+    weights, then by one within the bin that holds the border, and so on: only the last few keys are sorted.
     """
     reached = 0.0
     near, near_weights = keys, weights

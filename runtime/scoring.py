@@ -2,8 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Final
 
 from gpt2_edge.core import ModelCore, Prompt
 from gpt2_edge.engine import Row
@@ -11,8 +9,6 @@ from gpt2_edge.errors import OptionError, PromptError
 from gpt2_edge.generation import token_logprobs
 from gpt2_edge.results import Score
 from gpt2_edge.session import Logits
-
-_ROWS_TOGETHER: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,12 +83,11 @@ def score_texts(
         for score in scores
         for window in windows_of(len(score.tokens), core.facts.context_length, stride)
     )
-    # A long text has many windows: only those of the next few steps exist at a time.
-    while together := list(islice(rows, _ROWS_TOGETHER)):
-        core.run(together)
-        for row in together:
-            row.score.logprobs.extend(row.logprobs)
-            on_scored(len(row.logprobs))
+    # One after another: the engine prefills rows one by one anyway, and would make room for those that wait.
+    for row in rows:
+        core.run([row])
+        row.score.logprobs.extend(row.logprobs)
+        on_scored(len(row.logprobs))
     return scores
 
 

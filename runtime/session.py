@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2_edge.errors import ModelFolderError
+from gpt2_edge.external_data import check_external_data
 from gpt2_edge.folder import ModelFolder
 from gpt2_edge.graph_names import key_value_names
 from gpt2_edge.kv_cache import KVCache, SequenceCache
@@ -35,12 +36,19 @@ class StepSession:
 
     def __init__(self, folder: ModelFolder, threads: int) -> None:
         _check_onnxruntime_version(folder)
+        check_external_data(folder)
         self.architecture = folder.manifest.architecture
         self.threads = threads
         self._session = _create_session(folder, threads)
         _check_signature(folder, self._session)
         self._key_value_inputs, self._key_value_outputs = key_value_names(self.architecture.layers)
-        self._cache = KVCache(self.architecture, slots=1)
+        try:
+            self._cache = KVCache(self.architecture, slots=1)
+        except (MemoryError, ValueError) as error:
+            raise ModelFolderError(
+                f"there is no memory for the KV cache of {folder.path}, whose manifest has context_length "
+                f"{self.architecture.context_length}: {error}"
+            ) from error
         self._decode_steps: dict[int, _DecodeStep] = {}
         self._prefill_bindings: dict[int, Any] = {}
         self._prefill_options = onnxruntime.RunOptions()
@@ -213,8 +221,9 @@ def _check_onnxruntime_version(folder: ModelFolder) -> None:
         )
 
 
-def _version_numbers(version: str) -> list[int]:
-    return [int(part) for part in version.split(".") if part.isdigit()]
+def _version_numbers(version: str) -> tuple[int, ...]:
+    numbers = [int(part) for part in version.partition("+")[0].split(".") if part.isdigit()]
+    return tuple(numbers + [0] * (4 - len(numbers)))
 
 
 def _check_signature(folder: ModelFolder, session: Any) -> None:

@@ -61,8 +61,9 @@ def _own_cgroups(cgroup_root: Path, membership: Path) -> set[Path]:
     except OSError:
         return groups
     for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers in ("", "cpu", "cpu,cpuacct"):
+        _, _, rest = line.partition(":")
+        controllers, separator, path = rest.partition(":")
+        if separator and (not controllers or "cpu" in controllers.split(",")):
             mount = cgroup_root / "cpu" if controllers else cgroup_root
             parts = Path(path.lstrip("/")).parts
             groups.update(mount.joinpath(*parts[:depth]) for depth in range(1, len(parts) + 1))

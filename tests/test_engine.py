@@ -25,7 +25,7 @@ Logits = npt.NDArray[np.float32]
 Tokens = Sequence[int]
 
 VOCABULARY: Final = 64
-PATIENCE_SECONDS: Final = 20  # for what should take no time at all
+PATIENCE_SECONDS: Final = 10  # for what should take no time at all
 
 
 # A model whose logits depend on every token, and a session that keeps tokens where the real one keeps keys and values.
@@ -173,17 +173,23 @@ class Spoken(Row):
             self.tokens = self.tokens[-(self._limit // 2) :]
             self.restarts = True
 
+    @property
+    def fails(self) -> bool:
+        return self.fails_after is not None and self.fails_after < self._wanted
+
     def check(self) -> None:
-        """What was said must be what is said alone, up to where the row was ended."""
+        """What was said must be what is said alone."""
+        assert self.failure is None
+        assert self.said == self._expected
+        self.check_beginning()
+
+    def check_beginning(self) -> None:
+        """What was said until the row was ended must be what is said alone so far."""
         assert self.done
-        if self.failure is None and not self.abandoned:
-            assert self.said == self._expected
-        else:
-            assert self.said == self._expected[: len(self.said)]
+        assert self.said == self._expected[: len(self.said)]
         if self.final_cache is not None:
-            assert (
-                list(cast(FakeCache, self.final_cache).saved) == self.tokens[: cast(FakeCache, self.final_cache).tokens]
-            )
+            saved = cast(FakeCache, self.final_cache).saved
+            assert list(saved) == self.tokens[: len(saved)]
 
 
 def next_token(logits: Logits, accent: int) -> int:
@@ -236,13 +242,13 @@ def compute(engine: Engine, *rows: Row) -> None:
 
 @dataclass(frozen=True)
 class Join:
-    """Some rows come at once; as samples they have one prompt in common."""
+    """Some rows come at once; as samples they have one prompt in common. `room` is what fits after the prompt."""
 
     count: int
     prompt: int
     wanted: int
     samples: bool = False
-    limit: int | None = None
+    room: int | None = None
     fails_after: int | None = None
 
 
@@ -276,7 +282,7 @@ EVENTS: Final = st.lists(
             prompt=LENGTHS,
             wanted=st.integers(1, 12),
             samples=st.booleans(),
-            limit=st.sampled_from((None, None, 301, 304)),
+            room=st.sampled_from((None, None, 1, 4)),
             fails_after=st.sampled_from((None, None, None, 0, 1, 4)),
         ),
         st.builds(Resume, which=st.integers(0, 99), wanted=st.integers(1, 6)),
@@ -294,19 +300,24 @@ def test_any_order_of_events(events: list[Any]) -> None:
     session = FakeSession()
     engine = engine_over(session)
     rows: list[Spoken] = []
+    gone: list[Spoken] = []
     for number, event in enumerate(events):
         if isinstance(event, Join):
             rows += joined(engine, event, number)
         elif rows:
-            happen(engine, event, rows)
+            happen(engine, event, rows, gone)
     finish(engine, rows)
     for row in rows:
-        row.check()
         assert row.left
-        assert (row.failure is not None) == (row.fails_after == len(row.said) and not row.abandoned) or row.abandoned
+        if row in gone:
+            row.check_beginning()
+        elif row.fails:
+            row.check_beginning()
+            assert isinstance(row.failure, ArithmeticError)
+        else:
+            row.check()
     if rows:
         assert session.slots == 1, "memory was not given back"
-    assert all(session.calls[place] != "decode 0" for place in range(len(session.calls)))
 
 
 def joined(engine: Engine, event: Join, number: int) -> list[Spoken]:
@@ -314,7 +325,8 @@ def joined(engine: Engine, event: Join, number: int) -> list[Spoken]:
     rows = []
     for place in range(event.count):
         prompt = made_up_prompt(number if event.samples else 100 * number + place, event.prompt)
-        row = Spoken(prompt, event.wanted, accent=place, limit=event.limit)
+        limit = None if event.room is None else event.prompt + event.room
+        row = Spoken(prompt, event.wanted, accent=place, limit=limit)
         row.prompt_group, row.keeps_cache = group, True
         if place == event.count - 1:
             row.fails_after = event.fails_after
@@ -323,12 +335,13 @@ def joined(engine: Engine, event: Join, number: int) -> list[Spoken]:
     return rows
 
 
-def happen(engine: Engine, event: Any, rows: list[Spoken]) -> None:
+def happen(engine: Engine, event: Any, rows: list[Spoken], gone: list[Spoken]) -> None:
     row = rows[event.which % len(rows)]
     if isinstance(event, Advance):
         target = len(row.said) + event.tokens
         engine.run_until(lambda: row.done or len(row.said) >= target)
     elif isinstance(event, Leave):
+        gone += [row] if not row.done else []
         engine.leave([row])
     elif row.final_cache is not None:
         again = Spoken(row.tokens, event.wanted, accent=3)
@@ -338,7 +351,7 @@ def happen(engine: Engine, event: Any, rows: list[Spoken]) -> None:
 
 
 def test_more_rows_than_slots_begin_in_their_order(engine: Engine, session: FakeSession) -> None:
-    rows = [Spoken(made_up_prompt(seed, 3), wanted=5 + seed % 7) for seed in range(3 * MAXIMUM_ROWS)]
+    rows = [Spoken(made_up_prompt(seed, 3), wanted=40 + seed % 7) for seed in range(3 * MAXIMUM_ROWS)]
     compute(engine, *rows)
     for row in rows:
         row.check()
@@ -414,11 +427,10 @@ def test_a_step_that_fails_fails_the_rows_in_flight_and_no_other(
     with suppress(RuntimeError):
         finish(engine, [*rows, *late])
     finish(engine, [*rows, *late])
-    assert all(row.failure in (None, error) for row in (*rows, *late))
-    assert any(row.failure is error for row in rows) or failing == "copy"
-    assert late[1].failure is None
+    assert late[1].failure is None, "it had not begun"
     for row in (*rows, *late):
-        row.check()
+        assert row.failure in (None, error)
+        row.check_beginning() if row.failure else row.check()
     after = Spoken([5], wanted=3)
     compute(engine, after)
     after.check()
@@ -440,22 +452,19 @@ def test_a_row_that_raises_does_not_hurt_the_others(engine: Engine) -> None:
     rows[0].fails_after, rows[3].fails_after = 0, 4
     compute(engine, *rows)
     for row in rows:
-        row.check()
-        assert isinstance(row.failure, ArithmeticError) == (row.fails_after is not None)
+        row.check_beginning() if row.fails else row.check()
+        assert isinstance(row.failure, ArithmeticError) == row.fails
 
 
-@pytest.mark.parametrize("failing", ["reserve 1", "reserve 2", "release", "restore"])
+@pytest.mark.parametrize("failing", ["reserve 2", "restore", "release"])
 def test_memory_that_runs_out_leaves_the_engine_usable(engine: Engine, session: FakeSession, failing: str) -> None:
     """If the thread that met the error kept the engine to itself, all others would wait for ever."""
     saved = Spoken([5, 6], wanted=2)
     saved.keeps_cache = True
     compute(engine, saved)
     session.on_call = fail_once(failing, MemoryError("no room"))
-    rows = [Spoken([1], wanted=3), Spoken([2], wanted=3)]
-    rows[1].initial_cache = saved.final_cache
-    rows[1] = resumed(saved, wanted=3)
     with suppress(MemoryError):
-        compute(engine, *rows)
+        compute(engine, Spoken([1], wanted=3), resumed(saved, wanted=3))
     after = Spoken([3], wanted=3)
     in_a_thread(lambda: compute(engine, after))
     after.check()
@@ -498,32 +507,34 @@ def many_switches() -> Iterator[None]:
 @pytest.mark.parametrize("seed", range(5))
 def test_threads_that_come_and_go_get_what_they_get_alone(engine: Engine, session: FakeSession, seed: int) -> None:
     session.on_call = lambda call: time.sleep(0)
-    everything: list[Spoken] = []
+    finished: list[Spoken] = []
+    left: list[Spoken] = []
 
     def caller(number: int) -> None:
         rng = np.random.default_rng(100 * seed + number)
         for _ in range(6):
-            rows = [
-                Spoken(
-                    made_up_prompt(int(rng.integers(2**32)), int(rng.choice([1, 4, 130, 260]))),
-                    int(rng.integers(1, 15)),
-                )
-                for _ in range(int(rng.integers(1, 5)))
-            ]
-            everything.extend(rows)
+            rows = [random_row(rng) for _ in range(rng.integers(1, 5))]
             if rng.random() < 0.3:
                 leave_halfway(engine, rows)
+                left.extend(rows)
             else:
                 compute(engine, *rows)
-                assert all(row.left and row.failure is None for row in rows)
+                finished.extend(rows)
 
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(caller, number) for number in range(8)]:
             done.result(timeout=PATIENCE_SECONDS)
-    for row in everything:
+    for row in finished:
         row.check()
+    for row in left:
+        row.check_beginning()
     assert max(session.decode_sizes()) > 1
     assert session.slots == 1
+
+
+def random_row(rng: np.random.Generator) -> Spoken:
+    prompt = rng.integers(0, VOCABULARY, rng.choice([1, 4, 130, 260])).tolist()
+    return Spoken(prompt, wanted=int(rng.integers(1, 15)))
 
 
 def leave_halfway(engine: Engine, rows: list[Spoken]) -> None:
@@ -534,26 +545,25 @@ def leave_halfway(engine: Engine, rows: list[Spoken]) -> None:
 
 
 def test_two_callers_share_steps(engine: Engine, session: FakeSession) -> None:
-    rows = [Spoken([1], wanted=10), Spoken([2], wanted=10)]
-    both_are_here = threading.Barrier(2, timeout=PATIENCE_SECONDS)
+    first, second = Spoken([1], wanted=10), Spoken([2], wanted=10)
+    first_decodes, second_has_joined = threading.Event(), threading.Event()
 
-    def second() -> None:
-        both_are_here.wait()
-        compute(engine, rows[1])
+    def hold(call: str) -> None:
+        if call == "decode 1" and not second_has_joined.is_set():
+            first_decodes.set()
+            assert second_has_joined.wait(PATIENCE_SECONDS)
 
-    def wait_for_the_second(call: str) -> None:
-        if call.startswith("decode") and not rows[0].done and both_are_here.n_waiting + len(rows[1].said) == 1:
-            both_are_here.wait()
-        time.sleep(0.001)
-
-    session.on_call = wait_for_the_second
-    with ThreadPoolExecutor(2) as pool:
-        for done in [pool.submit(second), pool.submit(compute, engine, rows[0])]:
-            done.result(timeout=PATIENCE_SECONDS)
-    assert 2 in session.decode_sizes()
-    assert len(session.decode_sizes()) < 18
-    for row in rows:
-        row.check()
+    session.on_call = hold
+    with ThreadPoolExecutor(1) as pool:
+        caller = pool.submit(compute, engine, first)
+        assert first_decodes.wait(PATIENCE_SECONDS)
+        engine.join([second])
+        second_has_joined.set()
+        finish(engine, [second])
+        caller.result(timeout=PATIENCE_SECONDS)
+    first.check()
+    second.check()
+    assert session.decode_sizes().count(2) >= 7
 
 
 def test_a_caller_goes_when_its_row_is_done_though_others_go_on(engine: Engine, session: FakeSession) -> None:
@@ -577,9 +587,7 @@ def test_a_caller_goes_when_its_row_is_done_though_others_go_on(engine: Engine, 
     long.check()
 
 
-def test_another_caller_takes_over_when_the_one_that_computes_has_finished(
-    engine: Engine, session: FakeSession
-) -> None:
+def test_another_caller_takes_over_from_one_that_has_finished(engine: Engine) -> None:
     short, long = Spoken([1], wanted=5), Spoken([2], wanted=50)
     engine.join([short, long])
     with ThreadPoolExecutor(2) as pool:
@@ -602,7 +610,7 @@ def test_a_caller_that_is_interrupted_takes_only_its_own_row_along(
     assert not other.done
     in_a_thread(lambda: finish(engine, [other]))
     other.check()
-    mine.check()
+    mine.check_beginning()
     assert mine.left
 
 
@@ -692,7 +700,7 @@ def test_closing_fails_all_rows_and_ends_the_prefill(engine: Engine, session: Fa
 def real_work(model: Model, number: int) -> Any:
     """One of several uses of a model, with a prompt and a seed of its own."""
     prompt = made_up_prompt(number, [3, 40, 130, 300][number % 4])
-    options: dict[str, Any] = {"max_new_tokens": 12 + 4 * (number % 5), "temperature": 1.0, "seed": number}
+    options: dict[str, Any] = {"max_new_tokens": 6 + 3 * (number % 4), "temperature": 1.0, "seed": number}
     if number % 5 == 0:
         stream = model.stream(prompt, **options)
         return "".join(piece.text for piece in stream), stream.result.tokens
@@ -706,9 +714,9 @@ def real_work(model: Model, number: int) -> Any:
 @pytest.mark.parametrize("fixture", ["fp32_model", "int8_model"])
 def test_eight_threads_get_what_one_gets(request: pytest.FixtureRequest, fixture: str) -> None:
     model: Model = request.getfixturevalue(fixture)
-    expected = [real_work(model, number) for number in range(24)]
+    expected = [real_work(model, number) for number in range(10)]
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda number: real_work(model, number), range(24)))
+        found = list(pool.map(lambda number: real_work(model, number), range(10)))
     assert found == expected
 
 

@@ -21,9 +21,10 @@ HEAVY: Final = {
 
 PUBLIC_NAMES: Final = {
     *("load", "Model", "TextStream", "GenerationOptions", "__version__"),
-    *("Generation", "NextToken", "Piece", "Score", "Timings"),
+    *("Generation", "NextToken", "Piece", "Score", "Session", "Timings", "TokenLogprobs"),
     *("CheckpointError", "ContextLengthError", "Gpt2EdgeError", "LogitsError", "MissingDependencyError"),
     *("ModelClosedError", "ModelFolderError", "OptionError", "ParityError", "PromptError", "QuantizationError"),
+    "SessionError",
 }
 
 TOP_LEVEL_MODULES: Final = """

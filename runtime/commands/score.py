@@ -2,10 +2,25 @@
 
 import argparse
 import json
+import math
+import os
 import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, BinaryIO, Final, Self
 
-from gpt2_edge.commands.arguments import add_model_arguments, read_text_file
-from gpt2_edge.errors import PromptError
+from gpt2_edge.commands.arguments import add_model_arguments, decode_utf8
+from gpt2_edge.errors import Gpt2EdgeError, LogitsError, PromptError
+from gpt2_edge.progress import Progress
+from gpt2_edge.results import Score
+
+if TYPE_CHECKING:
+    from gpt2_edge.model import Model
+
+_BAR_STEPS: Final = 100
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -13,6 +28,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     parser.add_argument(
         "files", metavar="FILE", nargs="*", default=["-"], help="texts, UTF-8; standard input without any"
+    )
+    parser.add_argument("--lines", action="store_true", help="each line is a document, instead of each FILE")
+    parser.add_argument(
+        "--stride",
+        type=int,
+        metavar="N",
+        help="score a text that is longer than the context in windows that begin N tokens apart (default: half of it)",
     )
     parser.add_argument(
         "--json", action="store_true", help="one JSON object a line, with the tokens' log-probabilities"
@@ -22,28 +44,195 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print a line for each document; one that cannot be scored gets a line on standard error."""
     from gpt2_edge.model import load
+    from gpt2_edge.scoring import check_stride
 
-    failed = False
     with load(arguments.folder, device=arguments.device, threads=arguments.threads) as model:
-        if not arguments.json:
-            print(f"{'tokens':>7}  {'log-probability':>15}  {'perplexity':>10}  document")
-        for path in arguments.files:
-            try:
-                score = model.score(read_text_file(path))
-            except PromptError as error:
-                print(f"gpt2-edge: {path}: {error}", file=sys.stderr)
-                failed = True
-                continue
-            if arguments.json:
-                document = {
-                    "document": path,
-                    "tokens": score.tokens,
-                    "logprobs": score.logprobs,
-                    "total_logprob": score.total_logprob,
-                    "perplexity": score.perplexity,
-                }
-                print(json.dumps(document, ensure_ascii=False), flush=True)
-            else:
-                line = f"{len(score.tokens):7}  {score.total_logprob:15.3f}  {score.perplexity:10.3f}  {path}"
-                print(line, flush=True)
-    return 1 if failed else 0
+        # Before any document is read: a wrong option is not a document's fault.
+        check_stride(arguments.stride, model.context_length)
+        with _Output(_total_bytes(arguments.files)) as output:
+            report = _JsonLines(output) if arguments.json else _Table(output)
+            for document in _documents(arguments.files, arguments.lines):
+                output.begin(len(document.data))
+                try:
+                    report.add(document.name, _score(model, document, arguments.stride, output))
+                except (PromptError, LogitsError) as error:
+                    report.add_failure(document.name, error)
+            report.finish()
+    return 1 if report.failed else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Document:
+    """A text to score, or the reason why it could not be read."""
+
+    name: str
+    data: bytes
+    error: PromptError | None = None
+
+
+def _documents(paths: Sequence[str], lines: bool) -> Iterator[_Document]:
+    """Yield the documents one by one: lines that come slowly are not waited for."""
+    for path in paths:
+        try:
+            with _open(path) as file:
+                if lines:
+                    for number, line in enumerate(file, start=1):
+                        yield _Document(f"{path}:{number}", line.removesuffix(b"\n").removesuffix(b"\r"))
+                else:
+                    yield _Document(path, file.read())
+        except OSError as error:
+            yield _Document(path, b"", PromptError(f"cannot read {path}: {error.strerror or error}"))
+
+
+def _open(path: str) -> AbstractContextManager[BinaryIO]:
+    return nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb")
+
+
+def _total_bytes(paths: Sequence[str]) -> int | None:
+    """Return how much there is to read; None if standard input is a pipe and does not say."""
+    total = 0
+    for path in paths:
+        try:
+            size = os.fstat(sys.stdin.fileno()).st_size if path == "-" else Path(path).stat().st_size
+        except OSError:
+            size = 0  # it gets its message when it is its turn
+        if path == "-" and size == 0:
+            return None
+        total += size
+    return total
+
+
+def _score(model: "Model", document: _Document, stride: int | None, output: "_Output") -> Score:
+    """Score a document.
+
+    Raises:
+        PromptError: It cannot be read, is not UTF-8, or has fewer than two tokens.
+        LogitsError: The model computed NaN.
+    """
+    if document.error is not None:
+        raise document.error
+    tokens = model.tokenize(decode_utf8(document.data, document.name))
+    bytes_a_token = len(document.data) / max(1, len(tokens) - 1)
+    return model.score(tokens, stride=stride, on_scored=lambda count: output.advance(count * bytes_a_token))
+
+
+class _Output:
+    """Prints results as they come, and on a terminal a bar below them that shows how much of the input is scored.
+
+    Args:
+        total_bytes: Of all documents; None if it is not known, and then there is no bar.
+    """
+
+    def __init__(self, total_bytes: int | None) -> None:
+        self._total_bytes = total_bytes
+        self._bytes_before = 0  # of the documents before this one
+        self._bytes = 0.0
+        self._steps = 0
+        self._document_bytes = 0
+        self._progress = Progress("score", _BAR_STEPS) if total_bytes and sys.stderr.isatty() else None
+
+    def begin(self, document_bytes: int) -> None:
+        """Go on to the next document."""
+        self._bytes_before += self._document_bytes
+        self._document_bytes = document_bytes
+        self._bytes = self._bytes_before
+        self.advance(0)
+
+    def advance(self, scored_bytes: float) -> None:
+        """Say that so much more of the document is scored."""
+        self._bytes += scored_bytes
+        if self._progress is None or not self._total_bytes:
+            return
+        while self._steps < math.floor(_BAR_STEPS * self._bytes / self._total_bytes):
+            self._progress.advance()
+            self._steps += 1
+
+    def print(self, line: str, *, error: bool = False) -> None:
+        """Print a line to standard output or standard error."""
+        file = sys.stderr if error else sys.stdout
+        if self._progress is None:
+            print(line, file=file, flush=True)
+            return
+        from tqdm import tqdm
+
+        tqdm.write(line, file=file)  # moves the bar out of the way
+        file.flush()
+
+    def __enter__(self) -> Self:
+        if self._progress is not None:
+            self._progress.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.__exit__(kind, error, traceback)
+
+
+class _Report:
+    """What is printed about the documents.
+
+    Attributes:
+        failed: Whether a document could not be scored.
+    """
+
+    def __init__(self, output: _Output) -> None:
+        self.failed = False
+        self._output = output
+
+    def add(self, name: str, score: Score) -> None:
+        """Print the score of a document."""
+
+    def add_failure(self, name: str, error: Gpt2EdgeError) -> None:
+        """Say why a document has no score."""
+        self.failed = True
+        self._output.print(f"gpt2-edge: {name}: {error}", error=True)
+
+    def finish(self) -> None:
+        """Print what comes after all documents."""
+
+
+class _Table(_Report):
+    """A row for each document, and one for all together."""
+
+    def __init__(self, output: _Output) -> None:
+        super().__init__(output)
+        self._total = Score([], [])
+        self._documents = 0
+        output.print(f"{'tokens':>7}  {'log-probability':>15}  {'perplexity':>10}  document")
+
+    def add(self, name: str, score: Score) -> None:
+        self._documents += 1
+        self._total.tokens.extend(score.tokens)
+        self._total.logprobs.extend(score.logprobs)
+        self._print_row(name, score)
+
+    def finish(self) -> None:
+        if self._documents > 1:
+            self._print_row(f"total of {self._documents} documents", self._total)
+
+    def _print_row(self, name: str, score: Score) -> None:
+        self._output.print(f"{len(score.tokens):7}  {score.total_logprob:15.3f}  {score.perplexity:10.3f}  {name}")
+
+
+class _JsonLines(_Report):
+    """A JSON object for each document, also for one that has no score."""
+
+    def add(self, name: str, score: Score) -> None:
+        self._print_object(
+            {
+                "document": name,
+                "tokens": score.tokens,
+                "logprobs": score.logprobs,
+                "total_logprob": score.total_logprob,
+                "perplexity": score.perplexity,
+            }
+        )
+
+    def add_failure(self, name: str, error: Gpt2EdgeError) -> None:
+        super().add_failure(name, error)
+        self._print_object({"document": name, "error": str(error)})
+
+    def _print_object(self, document: dict[str, object]) -> None:
+        self._output.print(json.dumps(document, ensure_ascii=False))

@@ -1,0 +1,244 @@
+"""The charts of the HTML report, drawn as SVG by hand: no library, no script, colours from the page's style sheet."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Final
+
+from gpt2_edge.benchmarks.chart_axes import Scale, linear_scale, logarithmic_scale, tick_text
+from gpt2_edge.benchmarks.report import Report, Variant
+from gpt2_edge.benchmarks.spread import percentile
+from gpt2_edge.benchmarks.summary import decode_test
+
+WIDTH: Final = 460
+HEIGHT: Final = 290
+LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
+_ROW_HEIGHT: Final = 46
+_LINE_HEIGHT: Final = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A drawing.
+
+    Attributes:
+        title: What it shows.
+        caption: How to read it.
+        svg: The drawing itself.
+    """
+
+    title: str
+    caption: str
+    svg: str
+
+
+def charts_of(report: Report) -> list[Chart]:
+    """Return the charts that there are numbers for."""
+    makers = (_speed_and_size, _latency, _speed_and_context, _memory, _sustained)
+    return [chart for maker in makers if (chart := maker(report)) is not None]
+
+
+def series_class(index: int) -> str:
+    """Return the style class of a row's colour."""
+    return f"series-{index % 6}"
+
+
+def _speed_and_size(report: Report) -> Chart | None:
+    test = decode_test(report)
+    shown = [(index, each) for index, each in enumerate(report.variants) if test and each.speed(test)]
+    if test is None or not shown:
+        return None
+    sizes = [(each.size_bytes or 0) / 1e6 for _, each in shown]
+    tops = [speed.mean + (speed.stddev or 0) for _, each in shown if (speed := each.speed(test))]
+    x = linear_scale(0, max(sizes) * 1.25, LEFT, WIDTH - RIGHT)
+    y = linear_scale(0, max(tops), HEIGHT - BOTTOM, TOP)
+    parts = [*_axes(x, y, "size on disk, MB", f"{test}, tokens/s")]
+    labels = []
+    for (index, variant), size in zip(shown, sizes, strict=True):
+        parts += _point(variant, test, index, x.at(size), y)
+        speed = variant.speed(test)
+        labels.append((x.at(size), y.at(speed.mean if speed else 0), variant))
+    parts += _spread_labels(labels)
+    caption = "Up and to the left is better. Bars are ± one standard deviation; below a name, what it costs in quality."
+    return Chart("Speed against size and quality", caption, _svg(parts, HEIGHT, f"{test} against size"))
+
+
+def _spread_labels(labels: Sequence[tuple[float, float, Variant]]) -> list[str]:
+    """Write names beside points, each at least two lines below the one above it."""
+    parts: list[str] = []
+    last = -math.inf
+    for x, y, variant in sorted(labels, key=lambda label: label[1]):
+        place = max(y, last + 2 * _LINE_HEIGHT + 2, TOP + 10)
+        last = place
+        to_left = x > WIDTH * 0.6
+        anchor, shift = ("end", -10) if to_left else ("start", 10)
+        parts.append(_text(x + shift, place, variant.name, anchor, "name"))
+        parts.append(_text(x + shift, place + _LINE_HEIGHT - 1, _quality_words(variant), anchor, "quiet"))
+    return parts
+
+
+def _quality_words(variant: Variant) -> str:
+    quality = variant.quality
+    if quality is None:
+        return ""
+    if quality.perplexity_change_percent is None:
+        return f"perplexity {quality.perplexity:,.2f}"
+    return f"perplexity {quality.perplexity_change_percent:+.2f} %, KLD {quality.mean_kl_divergence or 0:.4f}"
+
+
+def _latency(report: Report) -> Chart | None:
+    shown = [(index, each) for index, each in enumerate(report.variants) if each.latency]
+    gaps = [gap for _, each in shown if each.latency for gap in each.latency.inter_token_ms if gap > 0]
+    if not gaps:
+        return None
+    height = TOP + BOTTOM + _ROW_HEIGHT * len(shown)
+    x = logarithmic_scale(min(gaps), max(gaps), 16, WIDTH - RIGHT)
+    parts = _horizontal_axis(x, height, "milliseconds between two tokens, logarithmic")
+    for place, (index, variant) in enumerate(shown):
+        samples = variant.latency.inter_token_ms if variant.latency else ()
+        parts += _distribution(samples, x, TOP + place * _ROW_HEIGHT, index, variant.name)
+    caption = "Line: 1st to 99th percentile. Box: the middle half. Bar: median. Dots: 95th and 99th percentile."
+    return Chart("Time between two tokens", caption, _svg(parts, height, "latency distribution"))
+
+
+def _distribution(samples: Sequence[float], x: Scale, top: float, index: int, name: str) -> list[str]:
+    low, quarter, median, three_quarters, p95, p99 = (
+        x.at(percentile(samples, percent)) for percent in (1, 25, 50, 75, 95, 99)
+    )
+    middle, colour = top + 30, series_class(index)
+    return [
+        _text(16, top + 14, f"{name}: median {percentile(samples, 50):.2f} ms", "start", "name"),
+        f'<line class="line {colour}" x1="{low:.1f}" x2="{p99:.1f}" y1="{middle}" y2="{middle}"/>',
+        f'<rect class="fill {colour}" x="{quarter:.1f}" width="{max(2, three_quarters - quarter):.1f}" '
+        f'y="{middle - 8}" height="16" rx="2"/>',
+        f'<line class="median" x1="{median:.1f}" x2="{median:.1f}" y1="{middle - 8}" y2="{middle + 8}"/>',
+        *(f'<circle class="fill {colour}" cx="{place:.1f}" cy="{middle}" r="4"/>' for place in (p95, p99)),
+    ]
+
+
+def _speed_and_context(report: Report) -> Chart | None:
+    lines: list[tuple[int, Variant, list[tuple[int, str]]]] = []
+    for index, variant in enumerate(report.variants):
+        # A tg test at depth d is, on average, in the middle of its own tokens.
+        places = [
+            (speed.n_depth + speed.n_gen // 2, name)
+            for name, speed in variant.speeds.items()
+            if speed.n_gen and speed.batch == 1 and speed.tokens_per_second is not None
+        ]
+        if len(places) > 1:
+            lines.append((index, variant, sorted(places)))
+    if not lines:
+        return None
+    tops = [
+        speed.mean + (speed.stddev or 0)
+        for _, variant, places in lines
+        for _, name in places
+        if (speed := variant.speed(name))
+    ]
+    x = linear_scale(0, max(place for _, _, places in lines for place, _ in places), LEFT, WIDTH - RIGHT - 8)
+    y = linear_scale(0, max(tops), HEIGHT - BOTTOM, TOP)
+    parts = _axes(x, y, "tokens before", "tokens/s")
+    for index, variant, places in lines:
+        points = " ".join(
+            f"{x.at(place):.1f},{y.at(speed.mean):.1f}" for place, name in places if (speed := variant.speed(name))
+        )
+        parts.append(f'<polyline class="line {series_class(index)}" points="{points}"/>')
+        for place, name in places:
+            parts += _point(variant, name, index, x.at(place), y)
+    caption = "Decoding slows down as the context fills: each token reads the keys and values of all before it."
+    return Chart("Decode speed against context length", caption, _svg(parts, HEIGHT, "tokens/s against depth"))
+
+
+def _memory(report: Report) -> Chart | None:
+    shown = [(index, each) for index, each in enumerate(report.variants) if each.memory]
+    if not shown:
+        return None
+    height = TOP + BOTTOM + _ROW_HEIGHT * len(shown)
+    x = linear_scale(0, max(each.memory.peak_bytes for _, each in shown if each.memory) / 1e6, 16, WIDTH - RIGHT)
+    parts = _horizontal_axis(x, height, "resident memory of the process, MB")
+    for place, (index, variant) in enumerate(shown):
+        if variant.memory is None:
+            continue
+        top, colour = TOP + place * _ROW_HEIGHT, series_class(index)
+        steady, peak = variant.memory.steady_bytes / 1e6, variant.memory.peak_bytes / 1e6
+        parts += [
+            _text(16, top + 14, f"{variant.name}: {steady:,.0f} MB, at most {peak:,.0f} MB", "start", "name"),
+            _bar(x, peak, top, f"fill faint {colour}"),
+            _bar(x, steady, top, f"fill {colour}"),
+        ]
+    caption = "Solid: after the tests, idle, the interpreter included. Faint: the most during loading and all tests."
+    return Chart("Memory", caption, _svg(parts, height, "resident memory"))
+
+
+def _sustained(report: Report) -> Chart | None:
+    shown = [(index, each.sustained) for index, each in enumerate(report.variants) if each.sustained]
+    if not shown:
+        return None
+    x = linear_scale(0, max(each.seconds[-1] for _, each in shown), LEFT, WIDTH - RIGHT - 8)
+    y = linear_scale(0, max(max(each.tokens_per_second) for _, each in shown), HEIGHT - BOTTOM, TOP)
+    parts = _axes(x, y, "seconds of decoding without a pause", "tokens/s")
+    for index, each in shown:
+        points = " ".join(
+            f"{x.at(second):.1f},{y.at(speed):.1f}"
+            for second, speed in zip(each.seconds, each.tokens_per_second, strict=True)
+        )
+        parts.append(f'<polyline class="line {series_class(index)}" points="{points}"/>')
+    caption = "A machine that gets too hot slows down: then the line falls."
+    return Chart("Sustained speed", caption, _svg(parts, HEIGHT, "tokens/s over time"))
+
+
+def _point(variant: Variant, test: str, index: int, x: float, y: Scale) -> list[str]:
+    speed = variant.speed(test)
+    if speed is None:
+        return []
+    colour = series_class(index)
+    spread = speed.stddev or 0
+    return [
+        f'<line class="line {colour}" x1="{x:.1f}" x2="{x:.1f}" '
+        f'y1="{y.at(max(0, speed.mean - spread)):.1f}" y2="{y.at(speed.mean + spread):.1f}"/>',
+        f'<circle class="fill {colour}" cx="{x:.1f}" cy="{y.at(speed.mean):.1f}" r="5">'
+        f"<title>{escape(variant.name)}: {escape(test)} {speed.mean:,.1f} ± {spread:,.1f} tokens/s</title></circle>",
+    ]
+
+
+def _bar(x: Scale, value: float, top: float, style: str) -> str:
+    return f'<rect class="{style}" x="{x.at(0):.1f}" width="{x.at(value) - x.at(0):.1f}" y="{top + 22}" height="16" rx="2"/>'
+
+
+def _axes(x: Scale, y: Scale, x_title: str, y_title: str) -> list[str]:
+    parts = []
+    for tick in y.ticks:
+        place = y.at(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
+        parts.append(_text(LEFT - 6, place + 4, tick_text(tick), "end", "quiet"))
+    for tick in x.ticks:
+        parts.append(_text(x.at(tick), HEIGHT - BOTTOM + 18, tick_text(tick), "middle", "quiet"))
+    parts.append(_text((LEFT + WIDTH) / 2, HEIGHT - 8, x_title, "middle", "quiet"))
+    parts.append(
+        f'<text class="quiet" text-anchor="middle" transform="translate(13 {(HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)">'
+        f"{escape(y_title)}</text>"
+    )
+    return parts
+
+
+def _horizontal_axis(x: Scale, height: float, title: str) -> list[str]:
+    parts = []
+    for tick in x.ticks:
+        place = x.at(tick)
+        parts.append(f'<line class="grid" x1="{place:.1f}" x2="{place:.1f}" y1="{TOP}" y2="{height - BOTTOM}"/>')
+        parts.append(_text(place, height - BOTTOM + 18, tick_text(tick), "middle", "quiet"))
+    parts.append(_text(WIDTH / 2, height - 8, title, "middle", "quiet"))
+    return parts
+
+
+def _text(x: float, y: float, text: str, anchor: str, style: str) -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _svg(parts: Sequence[str], height: float, label: str) -> str:
+    return (
+        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">\n'
+        + "\n".join(parts)
+        + "\n</svg>"
+    )

@@ -1,0 +1,109 @@
+"""What a report says, in a sentence or two, and what has to be said beside it."""
+
+from gpt2_edge.benchmarks.report import Quality, Report, Variant
+from gpt2_edge.benchmarks.spread import supported_ratio, two_digits
+
+
+def summary_sentences(report: Report) -> list[str]:
+    """Compare each row with the first full-precision one, as far as the spreads support it.
+
+    Without one, or if it is alone, say what each row is by itself.
+    """
+    measured = [variant for variant in report.variants if variant.error is None and variant.load_seconds is not None]
+    reference = reference_of(report)
+    others = [each for each in measured if reference and each is not reference and each.threads == reference.threads]
+    if reference is None or not others:
+        return [_sentence_alone(variant) for variant in measured]
+    return [_sentence(variant, reference) for variant in others]
+
+
+def reference_of(report: Report) -> Variant | None:
+    """Return the first full-precision row that was measured."""
+    return next((each for each in report.variants if each.precision == "fp32" and each.error is None), None)
+
+
+def decode_test(report: Report) -> str | None:
+    """Return the name of the tg test that rows are compared by: the first that one of them has a result for."""
+    return next((test for variant in report.variants if (test := _first_measured(variant, "tg"))), None)
+
+
+def prefill_test(report: Report) -> str | None:
+    """Return the name of the pp test that rows are compared by: the last, which is the longest by default."""
+    names = [name for variant in report.variants for name in variant.speeds if name.startswith("pp")]
+    return next((name for name in reversed(names) if any(each.speed(name) for each in report.variants)), None)
+
+
+def remarks(report: Report) -> list[str]:
+    """Return what a reader has to know before believing the numbers."""
+    found = []
+    if report.interrupted:
+        found.append("Interrupted: this is what was measured until then.")
+    for variant in report.variants:
+        if variant.error is not None:
+            found.append(f"{variant.name}: {variant.error}")
+        if variant.disturbed:
+            found.append(f"{variant.name}: disturbed (spread above 10 %) in {', '.join(variant.disturbed)}")
+        found += [f"{variant.name}: {note}" for note in variant.notes]
+        found += _skipped(variant)
+        cores = report.environment.get("cores_allowed")
+        if variant.threads is not None and isinstance(cores, int) and variant.threads > cores:
+            found.append(f"{variant.name}: {variant.threads} threads on {cores} cores")
+    if report.environment.get("on_battery"):
+        found.append("The machine runs on its battery.")
+    return found
+
+
+def _first_measured(variant: Variant, kind: str) -> str | None:
+    return next((name for name in variant.speeds if name.startswith(kind) and variant.speed(name)), None)
+
+
+def _skipped(variant: Variant) -> list[str]:
+    by_reason: dict[str, list[str]] = {}
+    for name, speed in variant.speeds.items():
+        if speed.skipped is not None:
+            by_reason.setdefault(speed.skipped, []).append(name)
+    return [f"{variant.name}: skipped {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+
+
+def _sentence_alone(variant: Variant) -> str:
+    test = _first_measured(variant, "tg")
+    speed = variant.speed(test) if test else None
+    parts = [f"{variant.name} has {(variant.size_bytes or 0) / 1e6:,.1f} MB"]
+    if speed is not None:
+        spread = "" if speed.stddev is None else f" ± {two_digits(speed.stddev)}"
+        parts.append(f"decodes {speed.mean:,.0f}{spread} tokens/s ({test})")
+    if variant.memory is not None:
+        parts.append(f"keeps {variant.memory.steady_bytes / 1e6:,.0f} MB resident")
+    return f"{', '.join(parts[:-1])} and {parts[-1]}." if len(parts) > 1 else f"{parts[0]}."
+
+
+def _sentence(variant: Variant, reference: Variant) -> str:
+    parts = [_speed_clause(variant, reference), _size_clause(variant, reference)]
+    sentence = f"{variant.name} is {' and '.join(part for part in parts if part)}"
+    quality = _quality_clause(variant.quality)
+    return f"{sentence}; {quality}." if quality else f"{sentence}."
+
+
+def _speed_clause(variant: Variant, reference: Variant) -> str:
+    test = _first_measured(variant, "tg")
+    if test is None or reference.speed(test) is None:
+        return ""
+    ratio = supported_ratio(variant.speed(test), reference.speed(test))
+    if ratio is None:
+        return f"not faster or slower than {reference.name} beyond the spread ({test})"
+    return f"{ratio} as fast as {reference.name} ({test})"
+
+
+def _size_clause(variant: Variant, reference: Variant) -> str:
+    if not variant.size_bytes or not reference.size_bytes:
+        return ""
+    if variant.size_bytes <= reference.size_bytes:
+        return f"{two_digits(reference.size_bytes / variant.size_bytes)} x smaller"
+    return f"{two_digits(variant.size_bytes / reference.size_bytes)} x larger"
+
+
+def _quality_clause(quality: Quality | None) -> str:
+    if quality is None or quality.perplexity_change_percent is None:
+        return ""
+    change = f"{quality.perplexity_change_percent:+.2f} % ± {quality.perplexity_change_error_percent or 0:.2f} %"
+    return f"perplexity {change}, the same likeliest token {quality.same_top_percent:.1f} % of the time"
