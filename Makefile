@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH_VERSION := 2.13.0
 QUIET := $(shell test -t 2 || echo --quiet)
 
-.PHONY: demo test check bundle wheel clean
+.PHONY: demo test test-lm-eval check check-report bundle wheel clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python -m gpt2_edge.benchmarks.demo models/storyteller demo
@@ -13,10 +13,21 @@ demo: $(VENV)/.demo-installed
 test: $(VENV)/.dev-installed
 	$(BIN)/python -m pytest
 
+# Tests of what lets lm-evaluation-harness use a model, with the real harness (`make test` takes a stand-in for it).
+test-lm-eval: $(VENV)/.dev-installed
+	$(BIN)/python -m pip install $(QUIET) --editable '.[dev,lm-eval]' --config-settings editable_mode=strict
+	$(BIN)/python -m pytest tests/test_lm_eval.py tests/installed_lm_eval.py
+
 check: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Opens the HTML report of `gpt2-edge bench` in headless Chromium, which has to be installed.
+check-report: $(VENV)/.dev-installed
+	mkdir -p build/report
+	$(BIN)/gpt2-edge bench --quick --format html --output build/report/report.html
+	$(BIN)/python tests/check_report.py build/report/report.html build/report
 
 # The model folder that the wheel carries, made anew from the checkpoint.
 bundle: $(VENV)/.demo-installed

@@ -17,34 +17,29 @@ _PASSES: Final = 5
 _BYTES_OF_FLOAT: Final = 4
 
 
-class ReadBandwidth:
-    """Reads a buffer with several threads.
+def read_bandwidth(buffer_bytes: int, threads: int) -> float:
+    """Read a buffer with several threads, and return bytes a second.
+
+    The best of a few passes, since what is asked for is a limit.
 
     Args:
-        buffer_bytes: Its size. As large as the weights, so that as much of it fits the caches.
+        buffer_bytes: As large as the weights, so that as much of it fits the caches.
         threads: Each reads a part of its own.
     """
+    # Ones, because pages of zeros that were never written would all be the same page of memory.
+    buffer: npt.NDArray[np.float32] = np.ones(max(threads, buffer_bytes // _BYTES_OF_FLOAT), np.float32)
+    parts = np.array_split(buffer, threads)
+    with ThreadPoolExecutor(threads) as pool:
+        return buffer.nbytes / min(_pass_seconds(pool, parts) for _ in range(_PASSES))
 
-    def __init__(self, buffer_bytes: int, threads: int) -> None:
-        # Ones, because pages of zeros that were never written would all be the same page of memory.
-        buffer: npt.NDArray[np.float32] = np.ones(max(1, buffer_bytes // _BYTES_OF_FLOAT), np.float32)
-        self._parts = np.array_split(buffer, threads)
-        self._threads = threads
 
-    def measure(self) -> float:
-        """Return bytes a second: the best of a few passes, since what is asked for is a limit."""
-        size = sum(part.nbytes for part in self._parts)
-        with ThreadPoolExecutor(self._threads) as pool:
-            fastest = min(self._pass_seconds(pool) for _ in range(_PASSES))
-        return size / fastest
-
-    def _pass_seconds(self, pool: ThreadPoolExecutor) -> float:
-        started_at = time.perf_counter()
-        # numpy gives the interpreter up during a large reduction. The maximum keeps up with memory on one core; a sum
-        # of floats does not.
-        for _ in pool.map(np.maximum.reduce, self._parts):
-            pass
-        return time.perf_counter() - started_at
+def _pass_seconds(pool: ThreadPoolExecutor, parts: list[npt.NDArray[np.float32]]) -> float:
+    started_at = time.perf_counter()
+    # numpy gives the interpreter up during a large reduction. The maximum keeps up with memory on one core; a sum of
+    # floats, each of which waits for the one before, does not.
+    for _ in pool.map(np.maximum.reduce, parts):
+        pass
+    return time.perf_counter() - started_at
 
 
 def weights_bytes(manifest: Manifest) -> int:

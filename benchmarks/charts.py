@@ -35,7 +35,7 @@ class Chart:
 
 def charts_of(report: Report) -> list[Chart]:
     """Return the charts that there are numbers for."""
-    makers = (_speed_and_size, _latency, _speed_and_context, _memory, _sustained)
+    makers = (_speed_and_size, _speed_and_context, _latency, _memory, _sustained)
     return [chart for maker in makers if (chart := maker(report)) is not None]
 
 
@@ -179,11 +179,13 @@ def _sustained(report: Report) -> Chart | None:
     y = linear_scale(0, max(max(each.tokens_per_second) for _, each in shown), HEIGHT - BOTTOM, TOP)
     parts = _axes(x, y, "seconds of decoding without a pause", "tokens/s")
     for index, each in shown:
-        points = " ".join(
-            f"{x.at(second):.1f},{y.at(speed):.1f}"
+        colour = series_class(index)
+        places = [
+            (f"{x.at(second):.1f}", f"{y.at(speed):.1f}")
             for second, speed in zip(each.seconds, each.tokens_per_second, strict=True)
-        )
-        parts.append(f'<polyline class="line {series_class(index)}" points="{points}"/>')
+        ]
+        parts.append(f'<polyline class="line {colour}" points="{" ".join(map(",".join, places))}"/>')
+        parts += [f'<circle class="fill {colour}" cx="{across}" cy="{up}" r="2.5"/>' for across, up in places]
     caption = "A machine that gets too hot slows down: then the line falls."
     return Chart("Sustained speed", caption, _svg(parts, HEIGHT, "tokens/s over time"))
 
@@ -203,7 +205,8 @@ def _point(variant: Variant, test: str, index: int, x: float, y: Scale) -> list[
 
 
 def _bar(x: Scale, value: float, top: float, style: str) -> str:
-    return f'<rect class="{style}" x="{x.at(0):.1f}" width="{x.at(value) - x.at(0):.1f}" y="{top + 22}" height="16" rx="2"/>'
+    left, width = x.at(0), x.at(value) - x.at(0)
+    return f'<rect class="{style}" x="{left:.1f}" width="{width:.1f}" y="{top + 22}" height="16" rx="2"/>'
 
 
 def _axes(x: Scale, y: Scale, x_title: str, y_title: str) -> list[str]:
@@ -212,8 +215,7 @@ def _axes(x: Scale, y: Scale, x_title: str, y_title: str) -> list[str]:
         place = y.at(tick)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
         parts.append(_text(LEFT - 6, place + 4, tick_text(tick), "end", "quiet"))
-    for tick in x.ticks:
-        parts.append(_text(x.at(tick), HEIGHT - BOTTOM + 18, tick_text(tick), "middle", "quiet"))
+    parts += [_text(x.at(tick), HEIGHT - BOTTOM + 18, tick_text(tick), "middle", "quiet") for tick in x.ticks]
     parts.append(_text((LEFT + WIDTH) / 2, HEIGHT - 8, x_title, "middle", "quiet"))
     parts.append(
         f'<text class="quiet" text-anchor="middle" transform="translate(13 {(HEIGHT - BOTTOM) / 2:.0f}) rotate(-90)">'
@@ -237,8 +239,5 @@ def _text(x: float, y: float, text: str, anchor: str, style: str) -> str:
 
 
 def _svg(parts: Sequence[str], height: float, label: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">\n'
-        + "\n".join(parts)
-        + "\n</svg>"
-    )
+    opening = f'<svg viewBox="0 0 {WIDTH} {height:.0f}" role="img" aria-label="{escape(label)}">'
+    return "\n".join([opening, *parts, "</svg>"])

@@ -75,15 +75,17 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         OptionError: A value is not allowed.
     """
     quick = arguments.quick
-    quality_tokens = arguments.quality_tokens
+    quality_tokens, repetitions = arguments.quality_tokens, arguments.repetitions
     if quality_tokens is None:
         quality_tokens = _QUICK_QUALITY_TOKENS if quick else _QUALITY_TOKENS
+    if repetitions is None:
+        repetitions = _QUICK_REPETITIONS if quick else DEFAULT_REPETITIONS
     return Settings(
         prompts=arguments.prompts,
         new_tokens=arguments.new_tokens or DEFAULT_NEW_TOKENS,
         depths=arguments.depths if arguments.depths is not None or not quick else _QUICK_DEPTHS,
         batches=arguments.batches or ((1,) if quick else DEFAULT_BATCHES),
-        repetitions=arguments.repetitions or (_QUICK_REPETITIONS if quick else DEFAULT_REPETITIONS),
+        repetitions=repetitions,
         threads=arguments.threads,
         device=arguments.device,
         quality_tokens=quality_tokens,

@@ -18,7 +18,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
-from gpt2_edge.benchmarks.bandwidth import ReadBandwidth
+from gpt2_edge.benchmarks.bandwidth import read_bandwidth
 from gpt2_edge.benchmarks.environment import describe_environment
 from gpt2_edge.benchmarks.perplexity import windows_of
 from gpt2_edge.benchmarks.plan import Settings, SpeedTest, plan_tests
@@ -26,6 +26,7 @@ from gpt2_edge.benchmarks.report import Report
 from gpt2_edge.benchmarks.subject import Subject
 from gpt2_edge.benchmarks.worker_process import WorkerDiedError, WorkerError
 from gpt2_edge.errors import Gpt2EdgeError, OptionError
+from gpt2_edge.threads import usable_cores
 
 EXCERPT_NAME: Final = "held_out.txt"
 EXCERPT_TITLE: Final = "the excerpt that comes with gpt2-edge"
@@ -110,7 +111,6 @@ class Coordinator:
         self._on_stage("warming up")
         for test in self._tests:
             self._each(partial(Subject.warm_up, test=test))
-        bandwidths = {subject.name: ReadBandwidth(subject.weights_bytes, subject.threads) for subject in self._alive()}
         repetitions = self._settings.repetitions
         for repetition in range(repetitions):
             self._on_stage(f"repetition {repetition + 1} of {repetitions}")
@@ -118,7 +118,7 @@ class Coordinator:
             for test in self._tests:
                 self._each(partial(Subject.sample_speed, test=test), backwards)
             self._each(partial(Subject.sample_latency, settings=self._settings), backwards)
-            self._each(lambda subject: subject.add_bandwidth(bandwidths[subject.name].measure()), backwards)
+            self._each(_sample_bandwidth, backwards)
 
     def _measure_processes(self) -> None:
         self._on_stage("memory and idle CPU")
@@ -235,6 +235,10 @@ def _subjects(folders: Sequence[str], settings: Settings) -> list[Subject]:
         for name, folder in zip(names, folders, strict=True)
         for count in threads
     ]
+
+
+def _sample_bandwidth(subject: Subject) -> None:
+    subject.add_bandwidth(read_bandwidth(subject.weights_bytes, usable_cores()))
 
 
 @contextlib.contextmanager

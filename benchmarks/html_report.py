@@ -80,8 +80,8 @@ def _table(sheet: Sheet) -> str:
     header = "".join(f'<th scope="col">{escape(name)}</th>' for name in sheet.header)
     rows = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in sheet.rows)
     return (
-        f'<div class="scroll"><table><caption>{escape(sheet.title)}</caption>\n<thead><tr>{header}</tr></thead>\n'
-        f"<tbody>\n{rows}\n</tbody></table></div>"
+        f'<section class="card"><h3>{escape(sheet.title)}</h3>\n<div class="scroll"><table>\n'
+        f"<thead><tr>{header}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div></section>"
     )
 
 

@@ -41,10 +41,10 @@ svg text.name { font-weight: 600; }
 .series-3 { color: var(--series-3); } .series-4 { color: var(--series-4); } .series-5 { color: var(--series-5); }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; margin: 0 0 .75rem; }
 .legend span { display: inline-block; width: .8em; height: .8em; border-radius: 50%; background: currentColor; }
-.scroll { overflow-x: auto; background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
-  margin-bottom: 1rem; }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: .6rem; margin-bottom: 1rem; }
+.card h3 { padding: .8rem 1rem .3rem; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .8rem 1rem .3rem; }
 th, td { padding: .4rem 1rem; text-align: right; white-space: nowrap; border-top: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
 thead th { font-weight: 500; color: var(--quiet); border-top: 0; }
@@ -55,5 +55,5 @@ pre { overflow-x: auto; padding: .8rem 1rem; background: var(--card); border: 1p
   border-radius: .6rem; }
 .method { color: var(--quiet); max-width: 46rem; }
 @media (max-width: 34rem) { dl { grid-template-columns: 1fr; gap: 0; } dd { margin-bottom: .5rem; } }
-@media print { body { max-width: none; } figure, .scroll { break-inside: avoid; } }
+@media print { body { max-width: none; } figure, .card { break-inside: avoid; } }
 """

@@ -14,12 +14,14 @@ from typing import Any, Final
 import numpy as np
 
 from gpt2_edge.benchmarks.report import Quality
+from gpt2_edge.errors import LogitsError
 from gpt2_edge.generation import token_logprobs
 from gpt2_edge.model import Model
 from gpt2_edge.quantize.quality import compare_logits
 
 LONGEST_WINDOW_TOKENS: Final = 256
 _FEWEST_TOKENS: Final = 2
+_LARGEST_EXPONENT: Final = 700  # what floats hold
 
 
 @dataclass(slots=True)
@@ -48,11 +50,11 @@ class QualityTally:
 
     def quality(self, text: str, reference: str | None) -> Quality:
         """Return what was measured, of at least one window."""
-        perplexity = math.exp(min(statistics.fmean(self.losses), 700))
+        perplexity = math.exp(min(statistics.fmean(self.losses), _LARGEST_EXPONENT))
         compared = sum(positions for _, positions in self.divergences)
         if not compared:
             return Quality(text=text, tokens=len(self.losses), perplexity=perplexity)
-        change = statistics.fmean(self.changes)
+        change = min(statistics.fmean(self.changes), _LARGEST_EXPONENT)
         error = statistics.stdev(self.changes) / math.sqrt(len(self.changes)) if len(self.changes) > 1 else 0.0
         return Quality(
             text=text,
@@ -95,6 +97,8 @@ def measure_window(model: Model, window: Sequence[int], reference: Path | None, 
     if reference is not None:
         expected = np.load(reference)
         quality = compare_logits(expected, logits)
+        if not math.isfinite(quality.mean_kl_divergence):
+            raise LogitsError("the model computed logits that are not finite: check it with `gpt2-edge verify`")
         result |= {
             "changes": (losses + token_logprobs(expected, following)).tolist(),
             "positions": quality.tokens,

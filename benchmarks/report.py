@@ -90,7 +90,7 @@ class Bandwidth:
 
     Attributes:
         buffer_bytes: What was read: as much as the weights.
-        read_bytes_per_second: Reached by as many threads as computed.
+        read_bytes_per_second: Reached by all cores that the process may use.
         bytes_per_token: Weights, keys and values that a token of the test `test` reads, on average.
         limit_tokens_per_second: `read_bytes_per_second / bytes_per_token`.
         test: The tg test that is compared; None if there is none.

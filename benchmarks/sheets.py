@@ -42,7 +42,11 @@ def sheets_of(report: Report, speeds_in_a_sheet: int | None = None) -> list[Shee
         sheets.append(_sustained(report))
     if report.comparison is not None:
         sheets.append(_comparison(report))
-    return sheets
+    return [sheet for index, sheet in enumerate(sheets) if index == 0 or _says_anything(sheet)]
+
+
+def _says_anything(sheet: Sheet) -> bool:
+    return any(cell != NOTHING for row in sheet.rows for cell in row[1:])
 
 
 def with_spread(measured: Measurement | None, scale: float = 1.0) -> str:
@@ -91,10 +95,7 @@ def _speeds(report: Report, in_a_sheet: int | None) -> list[Sheet]:
         _sheet(
             f"Tokens/s without sampling, {report.settings.get('repetitions')} repetitions",
             report,
-            [
-                ("thr.", lambda variant: str(variant.threads or NOTHING)),
-                *map(_speed_column, measured[start : start + size]),
-            ],
+            [threads, *map(_speed_column, measured[start : start + size])],
         )
         for start in range(0, len(measured), size)
     ]
@@ -218,6 +219,10 @@ def _speed_column(test: str) -> _Column:
         return "error" if speed is not None and speed.error else with_spread(variant.speed(test))
 
     return test, cell
+
+
+def _read_bandwidth(variant: Variant) -> str:
+    return NOTHING if variant.bandwidth is None else with_spread(variant.bandwidth.read_bytes_per_second, 1e-9)
 
 
 def _fraction_of_limit(variant: Variant) -> str:

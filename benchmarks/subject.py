@@ -111,11 +111,6 @@ class Subject:
         """Size of the graphs and their weights."""
         return weights_bytes(self.manifest)
 
-    @property
-    def threads(self) -> int:
-        """Threads that compute."""
-        return int(self._loaded["threads"])
-
     def same_vocabulary(self, other: "Subject") -> bool:
         """Tell whether the tokens of both mean the same."""
         return _vocabulary(self.manifest) == _vocabulary(other.manifest)

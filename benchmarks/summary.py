@@ -48,6 +48,9 @@ def remarks(report: Report) -> list[str]:
         cores = report.environment.get("cores_allowed")
         if variant.threads is not None and isinstance(cores, int) and variant.threads > cores:
             found.append(f"{variant.name}: {variant.threads} threads on {cores} cores")
+    load, cores = report.environment.get("load_average"), report.environment.get("cores_allowed")
+    if isinstance(load, float) and isinstance(cores, int) and load > cores / 2:
+        found.append(f"The machine was busy before this began: load average {load:g} on {cores} cores.")
     if report.environment.get("on_battery"):
         found.append("The machine runs on its battery.")
     return found

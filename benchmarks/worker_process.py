@@ -25,7 +25,8 @@ class WorkerProcess:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "gpt2_edge.benchmarks.worker"],
+            # -P: what lies in the working directory is not imported.
+            [sys.executable, "-P", "-m", "gpt2_edge.benchmarks.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",

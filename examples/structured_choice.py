@@ -27,10 +27,12 @@ class OnlyChoices:
         logits[allowed] = kept
 
 
-texts = [" the king's daughter", " the king's son", " a little bird", " an old woman"]
+texts = [" princess", " wolf", " ship", " golden crown", " an old soldier"]
+prompts = ["The king had a daughter, a beautiful", "They sailed across the sea in a", "On his head the king wore a"]
 with gpt2_edge.load(sys.argv[1] if len(sys.argv) > 1 else "storyteller") as model:
     choices = [[*model.tokenize(text), *model.tokenize("<|endoftext|>")] for text in texts]
-    for prompt in ("In the tree sat", "He married", "In the hut lived"):
+    for prompt in prompts:
         processor = OnlyChoices(choices, len(model.tokenize(prompt)))
-        drawn = model.generate(prompt, n=4, temperature=1.0, seed=7, logits_processor=processor)
-        print(f"{prompt} ... {[result.text for result in drawn]}")
+        likeliest = model.generate(prompt, logits_processor=processor)
+        drawn = model.generate(prompt, n=4, temperature=2.0, seed=7, logits_processor=processor)
+        print(f"{prompt}{likeliest.text}; or, drawn, {[result.text for result in drawn]}")

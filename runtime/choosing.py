@@ -40,7 +40,7 @@ class TokenChooser:
     """Chooses the tokens of one continuation, one after another.
 
     Args:
-        options: How to choose.
+        options: How to choose. The tokens that they name are in the vocabulary.
         seed: Of the random numbers.
         final_tokens: Tokens that may end the continuation, which `min_new_tokens` holds back.
         position: Random numbers that were drawn before, to go on after them.
@@ -58,7 +58,6 @@ class TokenChooser:
             self._looks_back or options.logit_bias or options.banned_tokens or options.logits_processor
         )
         self._history: TokenHistory | None = None
-        self._vocabulary_size = 0  # of the logits that the options are known to fit
 
     @property
     def position(self) -> int:
@@ -75,11 +74,8 @@ class TokenChooser:
 
         Raises:
             LogitsError: The model's logits, the options or the logits processor leave nothing that can be chosen.
-            OptionError: An option names a token that is not in the vocabulary, or the logits processor returns
-                something. Whatever else the logits processor raises is not caught.
+            OptionError: The logits processor returns something. What it raises itself is not caught.
         """
-        if logits.size != self._vocabulary_size:
-            self._check_tokens(logits.size)
         if self._always_changes or self._holds_back(continuation):
             token = self._choose_from_changed(logits, prompt, continuation)
         else:
@@ -149,19 +145,6 @@ class TokenChooser:
             return LogitsError(f"all tokens are forbidden by {names}: allow at least one")
         return LogitsError(f"{names} led to {fault}, so no token can be chosen: give smaller numbers")
 
-    def _check_tokens(self, vocabulary_size: int) -> None:
-        named_tokens = {
-            "logit_bias": self._biased_tokens,
-            "banned_tokens": self._banned_tokens,
-            "stop_tokens": self._final_tokens,
-        }
-        for name, tokens in named_tokens.items():
-            if tokens.size and tokens.max() >= vocabulary_size:
-                raise OptionError(
-                    f"{name} has token {tokens.max()}: the vocabulary's tokens are 0 to {vocabulary_size - 1}"
-                )
-        self._vocabulary_size = vocabulary_size
-
 
 def penalize(logits: Logits, history: TokenHistory, options: GenerationOptions) -> None:
     """Make what has been said less likely, in place: steps 2 to 4 as far as they look back."""
@@ -194,13 +177,16 @@ def report_logprobs(logits: Logits, token: int, count: int) -> TokenLogprobs:
     """
     likeliest = keep_top_k(logits, count) if count else np.empty(0, np.int64)
     likeliest = likeliest[np.argsort(-logits[likeliest], kind="stable")]
-    exact = logits.astype(np.float64)
-    exact -= exact.max()
-    logarithm_of_sum = math.log(np.exp(exact).sum())
+    largest = float(logits.max())
+    shares = logits.astype(np.float64)
+    shares -= largest
+    np.exp(shares, out=shares)
+    logarithm_of_sum = largest + math.log(shares.sum())
+    logprobs = logits[likeliest].astype(np.float64) - logarithm_of_sum
     return TokenLogprobs(
         token=token,
-        logprob=float(exact[token]) - logarithm_of_sum,
-        likeliest=list(zip(likeliest.tolist(), (exact[likeliest] - logarithm_of_sum).tolist(), strict=True)),
+        logprob=float(logits[token]) - logarithm_of_sum,
+        likeliest=list(zip(likeliest.tolist(), logprobs.tolist(), strict=True)),
     )
 
 

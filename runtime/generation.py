@@ -109,7 +109,7 @@ class GenerationRow(Row):
         self._continuation.append(choice.token)
         if choice.logprobs is not None:
             self._logprobs.append(choice.logprobs)
-        self._emit(self._assembler.add(choice.token, may_stop=self._chosen > self._options.min_new_tokens))
+        self._emit(self._assembler.add(choice.token, may_stop=len(self._continuation) > self._options.min_new_tokens))
         if self._assembler.stop is not None:
             self._end_at(self._assembler.stop)
         elif self._chosen == self._options.max_new_tokens:

@@ -66,6 +66,6 @@ class TokenHistory:
         self._tokens[slot] = token
         self._times[slot] += times
         if self._ngram_size:
-            if len(self._latest) == self._latest.maxlen:
-                self._followers[tuple(self._latest)].append(token)
+            # At the start the key is shorter; such a one is never looked up again.
+            self._followers[tuple(self._latest)].append(token)
             self._latest.append(token)

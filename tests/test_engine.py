@@ -25,7 +25,7 @@ Logits = npt.NDArray[np.float32]
 Tokens = Sequence[int]
 
 VOCABULARY: Final = 64
-PATIENCE_SECONDS: Final = 10  # for what should take no time at all
+PATIENCE_SECONDS: Final = 5  # for what should take no time at all
 
 
 # A model whose logits depend on every token, and a session that keeps tokens where the real one keeps keys and values.
@@ -413,7 +413,7 @@ def test_logits_after_every_token(engine: Engine, length: int) -> None:
 # Failures.
 
 
-@pytest.mark.parametrize("failing", ["prefill", "decode 3", "copy"])
+@pytest.mark.parametrize("failing", ["prefill", "decode 3"])
 def test_a_step_that_fails_fails_the_rows_in_flight_and_no_other(
     engine: Engine, session: FakeSession, failing: str
 ) -> None:
@@ -425,8 +425,8 @@ def test_a_step_that_fails_fails_the_rows_in_flight_and_no_other(
     engine.join(late)
     session.on_call = fail_once(failing, error)
     with suppress(RuntimeError):
-        finish(engine, [*rows, *late])
-    finish(engine, [*rows, *late])
+        in_a_thread(lambda: finish(engine, [*rows, *late]))
+    in_a_thread(lambda: finish(engine, [*rows, *late]))
     assert late[1].failure is None, "it had not begun"
     for row in (*rows, *late):
         assert row.failure in (None, error)
@@ -464,7 +464,7 @@ def test_memory_that_runs_out_leaves_the_engine_usable(engine: Engine, session: 
     compute(engine, saved)
     session.on_call = fail_once(failing, MemoryError("no room"))
     with suppress(MemoryError):
-        compute(engine, Spoken([1], wanted=3), resumed(saved, wanted=3))
+        in_a_thread(lambda: compute(engine, Spoken([1], wanted=3), resumed(saved, wanted=3)))
     after = Spoken([3], wanted=3)
     in_a_thread(lambda: compute(engine, after))
     after.check()

@@ -300,10 +300,14 @@ CALLS: Final[dict[str, Callable[[Model, Any], Any]]] = {
     "logits": lambda model, prompt: model.logits(prompt),
     "score": lambda model, prompt: model.score(prompt),
 }
-each_call = pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 
 
-@each_call
+def calls_but(*left_out: str) -> pytest.MarkDecorator:
+    names = [name for name in CALLS if name not in left_out]
+    return pytest.mark.parametrize("call", [CALLS[name] for name in names], ids=names)
+
+
+@calls_but("score")
 def test_a_prompt_that_is_too_long(int8_model: Model, call: Callable[[Model, Any], Any]) -> None:
     tokens = story_tokens(int8_model, CONTEXT + 3)
     with pytest.raises(ContextLengthError, match=r"515 tokens.* 512.* at least 3 tokens") as caught:
@@ -382,7 +386,7 @@ BAD_PROMPTS: Final = {
 
 
 @pytest.mark.parametrize("prompt", BAD_PROMPTS.values(), ids=BAD_PROMPTS.keys())
-@each_call
+@calls_but()
 def test_what_is_no_prompt_is_refused(int8_model: Model, call: Callable[[Model, Any], Any], prompt: Any) -> None:
     with pytest.raises(PromptError) as caught:
         call(int8_model, prompt)
@@ -715,9 +719,7 @@ def test_nan_in_the_middle_of_a_generation(
     assert_same(int8_model.generate("Once", max_new_tokens=10, **options), expected, but_seed=not options)
 
 
-@pytest.mark.parametrize(
-    "call", [call for name, call in CALLS.items() if name not in ("logits", "stream")], ids=lambda call: ""
-)
+@calls_but("logits", "stream")
 def test_nan_after_the_prompt(
     int8_model: Model, monkeypatch: pytest.MonkeyPatch, call: Callable[[Model, Any], Any]
 ) -> None:
@@ -790,18 +792,17 @@ def closed_model(storyteller_int8: Path) -> Iterator[Model]:
     model.close()
 
 
-@pytest.mark.parametrize(
-    "call",
-    [
-        *(call for name, call in CALLS.items() if name != "stream"),
-        lambda model, prompt: list(model.stream(prompt)),
-        lambda model, prompt: model.generate(prompt, n=2),
-    ],
-    ids=[*(name for name in CALLS if name != "stream"), "stream", "samples"],
-)
+@calls_but("stream")
 def test_a_closed_model_says_so(closed_model: Model, call: Callable[[Model, Any], Any]) -> None:
     with pytest.raises(ModelClosedError, match="closed"):
         call(closed_model, "Once upon")
+
+
+def test_a_closed_model_gives_no_pieces_and_no_samples(closed_model: Model) -> None:
+    with pytest.raises(ModelClosedError, match="closed"):
+        next(closed_model.stream("Once upon"))
+    with pytest.raises(ModelClosedError, match="closed"):
+        closed_model.generate("Once upon", n=2)
 
 
 def test_closing_the_model_ends_its_streams(storyteller_int8: Path) -> None:

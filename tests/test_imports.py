@@ -184,7 +184,11 @@ def test_no_network_is_used(interpreter: Interpreter, storyteller_int8: Path) ->
         def refuse(*arguments, **keywords):
             raise AssertionError(f"the network was used: {{arguments}}")
 
-        socket.socket = socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
+        class RefusedSocket(socket.socket):
+            __init__ = refuse
+
+        socket.socket = RefusedSocket
+        socket.create_connection = socket.getaddrinfo = socket.gethostbyname = refuse
         sys.addaudithook(lambda event, arguments: refuse(event) if event.startswith("socket.") else None)
         {textwrap.indent(GENERATE, " " * 8)}
         result = text

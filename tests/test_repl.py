@@ -27,6 +27,7 @@ needs_terminal = pytest.mark.skipif(sys.platform == "win32", reason="Windows has
 IN_TERMINAL = (
     "import fcntl, sys, termios\n"
     "fcntl.ioctl(0, termios.TIOCSCTTY, 0)\n"
+    "if sys.argv.pop(1) == 'without-readline': sys.modules['readline'] = None\n"
     "from gpt2_edge.cli import main\n"
     "sys.exit(main(sys.argv[1:]))\n"
 )
@@ -90,7 +91,9 @@ def replies(model: gpt2_edge.Model, *typed: str, seed: int = 7, **options: Any) 
 class Terminal:
     """A REPL in a pseudo-terminal of its own."""
 
-    def __init__(self, *arguments: str, columns: int = 80, output: Any = None, **environment: str) -> None:
+    def __init__(
+        self, *arguments: str, columns: int = 80, output: Any = None, readline: bool = True, **environment: str
+    ) -> None:
         import fcntl
         import pty
         import struct
@@ -100,7 +103,7 @@ class Terminal:
         fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         inherited = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "COLUMNS", "LINES")}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", IN_TERMINAL, "repl", *arguments],
+            [sys.executable, "-c", IN_TERMINAL, "with" if readline else "without-readline", "repl", *arguments],
             stdin=follower,
             stdout=follower if output is None else output,
             stderr=follower,
@@ -268,6 +271,10 @@ def test_next_lists_tokens_and_a_number_picks_one(model: gpt2_edge.Model, run_he
         (":next 0", "k is 0: give an integer from 1 to 8192"),
         (":next many", "K is many: give a number"),
         (":load nowhere", "cannot read nowhere: No such file or directory"),
+        (":save ~nobody-of-this-name/x", "~nobody-of-this-name/x is no path here: "),
+        (":text a\0b", "a path cannot have the character NUL in it"),
+        (f":save {'x' * 5000}", f"cannot write {'x' * 5000}: "),
+        (":save .", "cannot write .: "),
         (b"\xff", "standard input is not UTF-8: byte 0xff at offset 0; convert it, for example with "),
         ('"""\nno end', 'the input ended inside a block: end it with """'),
     ],
@@ -298,18 +305,20 @@ def test_blocks_and_continued_lines(run_here: Run) -> None:
 
 
 def test_the_whole_story_is_kept_when_the_context_slides(model: gpt2_edge.Model, tmp_path: Path, run_here: Run) -> None:
-    script = [":set max_new_tokens 300", ":set ignore_eos on", ":set seed 1", BEGINNING, ":text 1", "", ":text 2"]
-    assert (
-        run_here(*script, "word " * 300, ":text 3", ":undo", ":text 4", ":undo", ":text 5", ":next 1", "1").returncode
-        == 0
-    )
-    texts = [(tmp_path / name).read_text(encoding="utf-8").removesuffix("\n") for name in "12345"]
-    assert len(model.tokenize(texts[2])) > 2 * model.context_length
-    assert texts[1].startswith(texts[0])
-    assert texts[2].startswith(texts[1])
-    assert texts[2][len(texts[1]) :].lstrip().startswith("word word word")
-    assert texts[3] == texts[1]
-    assert texts[4] == texts[0]
+    nearly_full = "the" + " the" * (model.context_length - 5)
+    assert len(model.tokenize(nearly_full)) == model.context_length - 4
+    # The first slides while the model writes, the second when text is appended.
+    script = [":set max_new_tokens 20", ":set ignore_eos on", nearly_full, ":text 1", ":next 3", "a" + " a" * 300]
+    done = run_here(*script, ":text 2", ":undo", ":text 3", ":next 3", ":undo", ":text 4")
+    before, after = re.findall(r"^1 .*\n2 .*\n3 .*\n", done.stdout, re.MULTILINE)
+    assert before == after, "the model goes on from where it was"
+    one, two, undone, empty = [(tmp_path / name).read_text(encoding="utf-8")[:-1] for name in "1234"]
+    assert one.startswith(nearly_full)
+    assert len(model.tokenize(one)) > model.context_length
+    assert two.startswith(one)
+    assert two[len(one) :].lstrip().startswith("a a a")
+    assert undone == one
+    assert empty == ""
 
 
 def test_a_stop_text_inside_a_token_keeps_what_was_shown(model: gpt2_edge.Model, run_here: Run) -> None:
@@ -514,6 +523,22 @@ def test_history_is_kept_in_a_file_only_if_asked_for(tmp_path: Path) -> None:
         terminal.expect(r"\n> ")
         terminal.send(":te\t\n")
         terminal.expect(r":text \n")
+
+
+@needs_terminal
+def test_it_works_without_readline(tmp_path: Path) -> None:
+    with Terminal(readline=False, NO_COLOR="1") as terminal:
+        terminal.expect(r"\n> ")
+        terminal.line(":set max_new_tokens 2")
+        assert re.search(r"\[2 tokens, .*\]\n> $", terminal.line(BEGINNING))
+        terminal.line("one\\", then=r"\n?\| ")
+        terminal.line("two")
+        terminal.interrupt_prompt(r"\n\(Ctrl-D or :quit leaves\)\n> ")
+        terminal.send("\x04")
+        assert terminal.wait() == 0
+    with Terminal("--history", str(tmp_path / "history"), readline=False, NO_COLOR="1") as terminal:
+        terminal.expect("gpt2-edge: --history needs Python's readline module and a terminal: leave it out\n")
+        assert terminal.wait() == 1
 
 
 @needs_terminal

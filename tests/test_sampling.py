@@ -33,6 +33,8 @@ class Case:
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
+    min_p: float | None = None
+    typical_p: float | None = None
 
 
 FALLING: Final = [0.4, 0.3, 0.2, 0.1]
@@ -79,6 +81,22 @@ CASES: Final = [
     Case("top-p stricter than top-k", FALLING, {0: 1.0}, top_k=3, top_p=0.3),
     Case("temperature comes before top-p", FALLING, {0: 1.0}, temperature=0.5, top_p=0.5),
     Case("all three", FALLING, {0: 16 / 25, 1: 9 / 25}, temperature=0.5, top_k=3, top_p=0.6),
+    Case("min-p 0 keeps all", FALLING, {0: 0.4, 1: 0.3, 2: 0.2, 3: 0.1}, min_p=0.0),
+    Case("min-p 0.45 of the likeliest", MIXED, {1: 4 / 9, 2: 2 / 9, 3: 3 / 9}, min_p=0.45),
+    Case("min-p 0.55 of the likeliest", MIXED, {1: 4 / 7, 3: 3 / 7}, min_p=0.55),
+    Case("min-p 1 keeps the likeliest", MIXED, {1: 1.0}, min_p=1.0),
+    Case("min-p 1 keeps all equals", [0.4, 0.1, 0.4, 0.1], {0: 0.5, 2: 0.5}, min_p=1.0),
+    Case("temperature comes before min-p", FALLING, {0: 16 / 25, 1: 9 / 25}, temperature=0.5, min_p=0.45),
+    # The information of 0.4, 0.3, 0.2, 0.1 is 0.92, 1.20, 1.61, 2.30; the entropy is 1.28.
+    Case("typical-p 0 keeps the most typical", FALLING, {1: 1.0}, typical_p=0.0),
+    Case("typical-p 0.29 is reached by one", FALLING, {1: 1.0}, typical_p=0.29),
+    Case("typical-p 0.4 takes the next", FALLING, {1: 0.6, 2: 0.4}, typical_p=0.4),
+    Case("typical-p 0.6 takes the likeliest third", FALLING, {0: 4 / 9, 1: 3 / 9, 2: 2 / 9}, typical_p=0.6),
+    Case("typical-p 0.95 takes all", FALLING, {0: 0.4, 1: 0.3, 2: 0.2, 3: 0.1}, typical_p=0.95),
+    Case("typical-p 1 keeps all", FALLING, {0: 0.4, 1: 0.3, 2: 0.2, 3: 0.1}, typical_p=1.0),
+    Case("typical-p of equals keeps the lower ids", [0.25] * 4, {0: 0.5, 1: 0.5}, typical_p=0.3),
+    Case("typical-p spares impossible tokens", [0.0, 0.5, 0.0, 0.5], {1: 0.5, 3: 0.5}, typical_p=0.9),
+    Case("top-p, then min-p", MIXED, {1: 4 / 7, 3: 3 / 7}, top_p=0.95, min_p=0.6),
 ]
 
 
@@ -86,7 +104,7 @@ CASES: Final = [
 def test_distributions_by_hand(case: Case) -> None:
     with np.errstate(divide="ignore"):
         logits = np.log(np.array(case.probabilities)).astype(np.float32)
-    token_ids, weights = keep(logits, case.temperature, case.top_k, case.top_p)
+    token_ids, weights = keep(logits, case.temperature, case.top_k, case.top_p, case.min_p, case.typical_p)
     found = drawable(token_ids, weights)
     assert found == pytest.approx(case.expected, rel=1e-6)
 
@@ -218,6 +236,45 @@ def assert_lower_ids_of_equals_are_kept(logits: Float32s, candidates: Integers, 
     equals = np.sort(candidates[logits[candidates] == smallest])
     kept_equals = np.intersect1d(equals, kept)
     assert kept_equals.tolist() == equals[: kept_equals.size].tolist()
+
+
+@FULL_CHECK
+@given(logits=seeded_logits(), temperature=TEMPERATURES, top_k=TOP_KS, min_p=TOP_PS)
+def test_min_p_keeps_what_is_likely_enough(
+    logits: Float32s, temperature: float, top_k: int | None, min_p: float | None
+) -> None:
+    token_ids, _ = keep(logits, temperature, top_k, min_p=min_p)
+    expected = reference(logits, temperature, top_k)
+    kept = expected.order if token_ids is None else token_ids
+    share = expected.probabilities / expected.probabilities[0]
+    is_kept = np.isin(expected.order, kept)
+    assert np.count_nonzero(is_kept) == kept.size >= 1
+    assert (share[is_kept] >= (min_p or 0) * (1 - 1e-4)).all()
+    assert (share[~is_kept] <= (min_p or 0) * (1 + 1e-4)).all()
+
+
+@FULL_CHECK
+@given(logits=seeded_logits(), temperature=TEMPERATURES, top_k=TOP_KS, typical_p=TOP_PS)
+def test_typical_p_keeps_the_fewest_that_are_typical(
+    logits: Float32s, temperature: float, top_k: int | None, typical_p: float | None
+) -> None:
+    token_ids, weights = keep(logits, temperature, top_k, typical_p=typical_p)
+    expected = reference(logits, temperature, top_k)
+    if typical_p is None or typical_p == 1:
+        assert weights.size == expected.order.size
+        return
+    assert token_ids is not None
+    probabilities = expected.probabilities
+    with np.errstate(divide="ignore"):
+        information = -np.log(probabilities)
+    entropy = (probabilities[probabilities > 0] * information[probabilities > 0]).sum()
+    distance = np.abs(information - entropy)
+    is_kept = np.isin(expected.order, token_ids)
+    farthest, slack = distance[is_kept].max(), 1e-4
+    assert np.count_nonzero(is_kept) == token_ids.size == weights.size >= 1
+    assert probabilities[is_kept].sum() >= typical_p - slack, "what is kept does not reach typical_p"
+    assert is_kept.all() or distance[~is_kept].min() >= farthest - slack, "a more typical token was dropped"
+    assert probabilities[distance < farthest - slack].sum() < typical_p + slack, "more is kept than needed"
 
 
 @FULL_CHECK

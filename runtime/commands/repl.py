@@ -1,7 +1,6 @@
 """`gpt2-edge repl`: write a story together with the model, at a terminal or from a script."""
 
 import argparse
-import difflib
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final
 
+from gpt2_edge.commands.repl_commands import COMMANDS, find_command, help_rows
 from gpt2_edge.commands.repl_input import Entry, Reader
 from gpt2_edge.commands.repl_screen import Screen, terminal_width
 from gpt2_edge.commands.repl_settings import OPTION_NAMES, Settings
@@ -21,27 +21,6 @@ if TYPE_CHECKING:
     from gpt2_edge.model import Model
     from gpt2_edge.text_session import Session
 
-# Name, what follows it (in brackets if it may be left out), what it does.
-_COMMANDS: Final = (
-    ("help", "", "show this"),
-    ("undo", "", "take back the last turn: what was typed, and the reply"),
-    ("retry", "", "take back the last reply and write another"),
-    ("next", "[K]", "show the K likeliest next tokens (10); a number then picks one"),
-    ("pick", "N", "append the Nth of them"),
-    ("set", "[NAME [VALUE]]", "show or change the options of replies; the value off takes one out"),
-    ("text", "[FILE]", "show the whole text, or write it to a new file"),
-    ("save", "FILE", "write the session to a file"),
-    ("load", "FILE", "go on with a session that was saved"),
-    ("new", "", "begin a new text; :undo brings the old one back"),
-    ("quit", "", "leave, as Ctrl-D does"),
-)
-_HELP: Final = (
-    ("text", "is appended, and continued by the model"),
-    ("Enter", "alone lets the model go on"),
-    ("\\", "at the end of a line: the text goes on in the next"),
-    ('"""', "begins and ends a block of lines, appended exactly as it stands"),
-    ("Ctrl-C", "stops a reply; what was written stays"),
-)
 _NUMBER_OF_NEXT_TOKENS: Final = 10
 _SESSION_FILE_BEGINNING: Final = b"gpt2-edge session "
 
@@ -62,7 +41,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Read and reply until the input ends."""
     from gpt2_edge.model import load
 
-    words = [*(f":{name}" for name, _, _ in _COMMANDS), *OPTION_NAMES]
+    words = [*(f":{command.name}" for command in COMMANDS), *OPTION_NAMES]
     reader = Reader(arguments.history, words)
     with load(arguments.folder, device=arguments.device, threads=arguments.threads) as model:
         repl = Repl(model, reader, Screen())
@@ -96,6 +75,20 @@ class Repl:
         self._old_story: Story | None = None  # which `:undo` brings back
         self._next_tokens: list[NextToken] = []  # that were shown, as long as they are what comes next
         self._seed_is_due = False
+        self._cancel = threading.Event()  # set when Ctrl-C is pressed while an entry is handled
+        self._actions: dict[str, Callable[[str], None]] = {
+            "help": self._help,
+            "undo": self._undo,
+            "retry": self._retry,
+            "next": self._next,
+            "pick": self._pick,
+            "set": self._set,
+            "text": self._text,
+            "save": self._save,
+            "load": self._load,
+            "new": self._new,
+            "quit": self._quit,
+        }
 
     def greet(self, folder: str) -> None:
         """Tell someone at a terminal what this is."""
@@ -108,7 +101,9 @@ class Repl:
         """Go on until the input ends or `:quit`."""
         while not self._leaves:
             try:
-                self._handle(self._reader.read())
+                entry = self._reader.read()
+                with self._ctrl_c_sets(threading.Event()) as self._cancel:
+                    self._handle(entry)
             except EOFError:
                 self._leaves = True
                 if self._reader.interactive:
@@ -128,8 +123,9 @@ class Repl:
 
     def _handle(self, entry: Entry) -> None:
         if entry.command is not None:
-            _find_command(entry.command, entry.text)(self, entry.text)
-        elif self._next_tokens and entry.text.isdecimal():
+            command = find_command(entry.command, entry.text)
+            self._actions[command.name](entry.text)
+        elif self._next_tokens and entry.text.isdecimal() and not entry.exactly:
             self._pick(entry.text)
         else:
             self._write_turn(entry)
@@ -149,7 +145,7 @@ class Repl:
         if self._seed_is_due:
             # Once: from then on the session's random numbers go on, or every reply would draw the same ones.
             options["seed"] = seed
-        with self._ctrl_c_sets() as cancel, self._story.reply({**options, "cancel": cancel}) as stream:
+        with self._story.reply({**options, "cancel": self._cancel}) as stream:
             self._screen.begin_reply()
             try:
                 for piece in stream:
@@ -158,30 +154,34 @@ class Repl:
                 self._screen.break_off()
                 raise
         self._seed_is_due = False
-        self._screen.end_text()
+        self._screen.end_text(interrupted=self._cancel.is_set())
         self._story.end_reply(stream.result)
         self._screen.status(stream.result)
 
     @contextmanager
-    def _ctrl_c_sets(self) -> Iterator[threading.Event]:
-        """Make Ctrl-C set an event: an exception could come at any place in the engine, and leave it in disorder."""
-        pressed = threading.Event()
+    def _ctrl_c_sets(self, event: threading.Event) -> Iterator[threading.Event]:
+        """Make Ctrl-C set an event: an exception could come at any place, and leave engine or story in disorder.
+
+        Raises:
+            KeyboardInterrupt: Afterwards, if Ctrl-C was pressed and there is nobody to type anything else.
+        """
+        if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield event  # whoever started us does not want it to have an effect
+            return
 
         def press(number: int, frame: FrameType | None) -> None:
-            pressed.set()
+            event.set()
 
-        if not self._reader.interactive or threading.current_thread() is not threading.main_thread():
-            yield pressed
-            return
         before = signal.signal(signal.SIGINT, press)
         try:
-            yield pressed
+            yield event
         finally:
             signal.signal(signal.SIGINT, before)
+        if event.is_set() and not self._reader.interactive:
+            raise KeyboardInterrupt
 
     def _help(self, argument: str) -> None:
-        commands = [(f":{name} {follows}".rstrip(), what) for name, follows, what in _COMMANDS]
-        self._screen.table([*_HELP, *commands])
+        self._screen.table(help_rows())
 
     def _undo(self, argument: str) -> None:
         if self._story.has_turns:
@@ -203,8 +203,7 @@ class Repl:
 
     def _next(self, argument: str) -> None:
         count = _NUMBER_OF_NEXT_TOKENS if not argument else _integer("K", argument)
-        with self._ctrl_c_sets():
-            self._next_tokens = self._story.next_tokens(count, self._settings.keywords())
+        self._next_tokens = self._story.next_tokens(count, self._settings.keywords())
         self._screen.next_tokens(self._next_tokens)
 
     def _pick(self, argument: str) -> None:
@@ -236,7 +235,7 @@ class Repl:
             self._screen.write(self._story.text)
             self._screen.end_text()
             return
-        path = Path(argument).expanduser()
+        path = _path(argument)
         try:
             with path.open("x", encoding="utf-8", newline="\n") as file:
                 file.write(self._story.text + "\n")
@@ -247,16 +246,15 @@ class Repl:
         self._screen.note(f"wrote the text to {path}")
 
     def _save(self, argument: str) -> None:
-        path = Path(argument).expanduser()
-        if path.exists() and not _is_session_file(path):
-            raise SessionError(f"{path} exists and is not a saved session: give another name")
+        path = _path(argument)
+        _check_that_nothing_else_is_overwritten(path)
         self._story.save(str(path))
         forgotten = self._story.forgotten_tokens
         without = f", without the first {forgotten} tokens, which the model no longer sees" if forgotten else ""
         self._screen.note(f"saved the session to {path}{without}")
 
     def _load(self, argument: str) -> None:
-        self._begin(self._model.load_session(Path(argument).expanduser()))
+        self._begin(self._model.load_session(_path(argument)))
         self._note_end_of_text()
 
     def _new(self, argument: str) -> None:
@@ -279,30 +277,9 @@ class Repl:
         """Show where the text is now, on one line."""
         text = " ".join(self._story.text[-terminal_width() :].split())
         room = terminal_width() - 2
-        self._screen.note("(the text is empty)" if not text else text if len(text) <= room else f"… {text[2 - room :]}")
-
-
-_ACTIONS: Final[dict[str, Callable[[Repl, str], None]]] = {name: getattr(Repl, f"_{name}") for name, _, _ in _COMMANDS}
-
-
-def _find_command(typed: str, argument: str) -> Callable[[Repl, str], None]:
-    """Return what to do for a command, which may be shortened as long as it means one only.
-
-    Raises:
-        OptionError: There is none, or what has to follow it is missing.
-    """
-    fitting = [command for command in _COMMANDS if command[0].startswith(typed)]
-    exact = [command for command in fitting if command[0] == typed]
-    if len(exact or fitting) != 1:
-        names = [name for name, _, _ in fitting] or difflib.get_close_matches(typed, _ACTIONS, n=1)
-        meant = f"did you mean {' or '.join(f':{name}' for name in names)}? " if names else ""
-        raise OptionError(f"there is no command :{typed}: {meant}:help shows all; for text, begin with a space")
-    name, follows, _ = (exact or fitting)[0]
-    if argument and not follows:
-        raise OptionError(f":{name} takes nothing after it, but {argument!r} was given")
-    if not argument and follows and not follows.startswith("["):
-        raise OptionError(f":{name} needs {follows} after it")
-    return _ACTIONS[name]
+        self._screen.note(
+            "(the text is empty)" if not text else text if len(text) <= room else f"… {text[2 - room :].lstrip()}"
+        )
 
 
 def _integer(name: str, text: str) -> int:
@@ -311,9 +288,23 @@ def _integer(name: str, text: str) -> int:
     return int(text)
 
 
-def _is_session_file(path: Path) -> bool:
+def _path(text: str) -> Path:
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise SessionError(f"{text} is no path here: {error}") from error
+    if "\0" in text:
+        raise SessionError("a path cannot have the character NUL in it")
+    return path
+
+
+def _check_that_nothing_else_is_overwritten(path: Path) -> None:
     try:
         with path.open("rb") as file:
-            return file.read(len(_SESSION_FILE_BEGINNING)) == _SESSION_FILE_BEGINNING
+            beginning = file.read(len(_SESSION_FILE_BEGINNING))
+    except FileNotFoundError:
+        return
     except OSError as error:
         raise SessionError(f"cannot write {path}: {error.strerror or error}") from error
+    if beginning != _SESSION_FILE_BEGINNING:
+        raise SessionError(f"{path} exists and is not a saved session: give another name")

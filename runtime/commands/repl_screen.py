@@ -57,10 +57,14 @@ class Screen:
             text = self._wrapper.add(text.translate(_PICTURES))
         self._print(text)
 
-    def end_text(self) -> None:
-        """End a text with a newline, in a pipe also where the text itself ends with one."""
-        self.break_off()
-        if not self._output_is_terminal:
+    def end_text(self, interrupted: bool = False) -> None:
+        """End a text with a newline, in a pipe also where the text itself ends with one.
+
+        Args:
+            interrupted: By Ctrl-C, which the terminal shows after the text.
+        """
+        self._print(self._wrapper.finish())
+        if interrupted or not self._at_line_start or not self._output_is_terminal:
             self._print("\n")
 
     def break_off(self) -> None:
@@ -78,7 +82,8 @@ class Screen:
     def note(self, text: str) -> None:
         """Say something that only a person at a terminal wants to know."""
         if self._notes_are_read:
-            print(_coloured(text.translate(_PICTURES), _FAINT, sys.stderr), file=sys.stderr, flush=True)
+            lines = [textwrap.fill(line, terminal_width()) for line in text.translate(_PICTURES).split("\n")]
+            print(_coloured("\n".join(lines), _FAINT, sys.stderr), file=sys.stderr, flush=True)
 
     def error(self, error: object) -> None:
         """Say what was wrong, in one line."""
@@ -99,11 +104,11 @@ class Screen:
         texts = [_quoted(token.text) for token in tokens]
         text_width = max(map(len, texts))
         number_width = len(str(len(tokens)))
-        room = terminal_width() - number_width - text_width - len("  00.00 %    ")
+        room = terminal_width() - number_width - text_width - len("  000.00 %    ")
         bar_width = min(_WIDEST_BAR, max(0, room))
         for number, (token, text) in enumerate(zip(tokens, texts, strict=True), start=1):
             bar = _bar(token.probability / max(tokens[0].probability, 1e-9), bar_width)
-            line = f"{number:{number_width}}  {100 * token.probability:5.2f} %  {text:<{text_width}}  {bar}"
+            line = f"{number:{number_width}}  {100 * token.probability:6.2f} %  {text:<{text_width}}  {bar}"
             self.lines([line.rstrip()])
 
     def _print(self, text: str) -> None:
@@ -133,7 +138,9 @@ def terminal_width() -> int:
 
 def _quoted(text: str) -> str:
     """Return a token's text on one line, with its spaces to be seen."""
-    escaped = text.replace("\\", "\\\\").replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    escaped = (
+        text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n").replace("\t", "\\t").replace("\r", "\\r")
+    )
     return f'"{escaped.translate(_PICTURES)}"'
 
 

@@ -111,7 +111,7 @@ def _score(model: "Model", document: _Document, stride: int | None, output: "_Ou
     """
     if document.error is not None:
         raise document.error
-    tokens = model.tokenize(decode_utf8(document.data, document.name))
+    tokens = model.tokenize(decode_utf8(document.data, "the text"))
     bytes_a_token = len(document.data) / max(1, len(tokens) - 1)
     return model.score(tokens, stride=stride, on_scored=lambda count: output.advance(count * bytes_a_token))
 
@@ -198,22 +198,24 @@ class _Table(_Report):
 
     def __init__(self, output: _Output) -> None:
         super().__init__(output)
-        self._total = Score([], [])
-        self._documents = 0
+        self._documents = self._tokens = self._scored_tokens = 0
+        self._total_logprob = 0.0
         output.print(f"{'tokens':>7}  {'log-probability':>15}  {'perplexity':>10}  document")
 
     def add(self, name: str, score: Score) -> None:
         self._documents += 1
-        self._total.tokens.extend(score.tokens)
-        self._total.logprobs.extend(score.logprobs)
-        self._print_row(name, score)
+        self._tokens += len(score.tokens)
+        self._scored_tokens += len(score.logprobs)
+        self._total_logprob += score.total_logprob
+        self._print_row(len(score.tokens), score.total_logprob, score.perplexity, name)
 
     def finish(self) -> None:
         if self._documents > 1:
-            self._print_row(f"total of {self._documents} documents", self._total)
+            perplexity = math.exp(-self._total_logprob / self._scored_tokens)
+            self._print_row(self._tokens, self._total_logprob, perplexity, f"total of {self._documents} documents")
 
-    def _print_row(self, name: str, score: Score) -> None:
-        self._output.print(f"{len(score.tokens):7}  {score.total_logprob:15.3f}  {score.perplexity:10.3f}  {name}")
+    def _print_row(self, tokens: int, total_logprob: float, perplexity: float, name: str) -> None:
+        self._output.print(f"{tokens:7}  {total_logprob:15.3f}  {perplexity:10.3f}  {name}")
 
 
 class _JsonLines(_Report):
