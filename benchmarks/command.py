@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument("-d", "--depths", metavar="N,...", type=_counts, help="tokens before tg (default: 512,900)")
     lengths.add_argument("-b", "--batches", metavar="N,...", type=_counts, help="side by side (default: 1,4,8)")
     lengths.add_argument("-r", "--repetitions", metavar="N", type=int, help="samples of each test (default: 5)")
+    lengths.add_argument(
+        "--sample-seconds", metavar="S", type=float, default=0.25, help="repeat what is over sooner (default: 0.25)"
+    )
     lengths.add_argument("--threads", metavar="N,...", type=_counts, help="threads that compute, a row for each number")
     lengths.add_argument("--device", default="auto", help="cpu, or auto (the default)")
     lengths.add_argument("--text", metavar="FILE", type=Path, help="held-out text to measure quality over, UTF-8")
@@ -86,6 +89,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         depths=arguments.depths if arguments.depths is not None or not quick else _QUICK_DEPTHS,
         batches=arguments.batches or ((1,) if quick else DEFAULT_BATCHES),
         repetitions=repetitions,
+        sample_seconds=arguments.sample_seconds,
         threads=arguments.threads,
         device=arguments.device,
         quality_tokens=quality_tokens,

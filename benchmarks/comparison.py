@@ -1,10 +1,13 @@
 """Compare a report with an earlier one: a verdict only where the spreads support it."""
 
+from typing import Final
+
 from gpt2_edge.benchmarks.report import Comparison, Report, Variant, Verdict
 from gpt2_edge.benchmarks.spread import FEWEST_SAMPLES, Measurement, supported_ratio
 
-NO_DIFFERENCE = "no difference beyond the spread"
-_SAME_MACHINE = ("cpu", "cores_allowed", "onnxruntime", "governor")
+NO_DIFFERENCE: Final = "not beyond the spread"
+FIRST_TOKEN: Final = "time to first token"
+_SAME_MACHINE: Final = ("cpu", "cores_allowed", "onnxruntime", "governor")
 
 
 def compare_reports(now: Report, before: Report, name: str) -> Comparison:
@@ -43,7 +46,7 @@ def _verdicts(now: Variant, before: Variant) -> list[Verdict]:
         verdicts.append(
             judge(
                 now.name,
-                "time to first token",
+                FIRST_TOKEN,
                 before=before.latency.time_to_first_token,
                 now=now.latency.time_to_first_token,
                 less_is_faster=True,
@@ -58,7 +61,7 @@ def judge(name: str, quantity: str, *, before: Measurement, now: Measurement, le
     if ratio is None:
         verdict = NO_DIFFERENCE
         if min(len(now.samples), len(before.samples)) < FEWEST_SAMPLES:
-            verdict = f"none: fewer than {FEWEST_SAMPLES} repetitions"
+            verdict = f"fewer than {FEWEST_SAMPLES} samples"
     else:
         verdict = "faster" if ratio.value > 1 else "slower"
     return Verdict(

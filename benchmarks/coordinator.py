@@ -6,7 +6,6 @@ slows down while it is measured treats all of them alike.
 
 import contextlib
 import json
-import shlex
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +27,8 @@ from gpt2_edge.benchmarks.worker_process import WorkerDiedError, WorkerError
 from gpt2_edge.errors import Gpt2EdgeError, OptionError
 from gpt2_edge.threads import usable_cores
 
-EXCERPT_NAME: Final = "held_out.txt"
-EXCERPT_TITLE: Final = "the excerpt that comes with gpt2-edge"
+_EXCERPT_NAME: Final = "held_out.txt"
+_EXCERPT_TITLE: Final = "the excerpt that comes with gpt2-edge"
 _IDLE_SECONDS: Final = 1.0
 _SUSTAINED_SAMPLE_TOKENS: Final = 64
 
@@ -111,12 +110,12 @@ class Coordinator:
         self._on_stage("warming up")
         for test in self._tests:
             self._each(partial(Subject.warm_up, test=test))
-        repetitions = self._settings.repetitions
+        repetitions, sample_seconds = self._settings.repetitions, self._settings.sample_seconds
         for repetition in range(repetitions):
             self._on_stage(f"repetition {repetition + 1} of {repetitions}")
             backwards = repetition % 2 == 1
             for test in self._tests:
-                self._each(partial(Subject.sample_speed, test=test), backwards)
+                self._each(partial(Subject.sample_speed, test=test, sample_seconds=sample_seconds), backwards)
             self._each(partial(Subject.sample_latency, settings=self._settings), backwards)
             self._each(_sample_bandwidth, backwards)
 
@@ -148,53 +147,42 @@ class Coordinator:
         first_of_folder = {subject.folder: subject for subject in reversed(self._alive())}
         subjects = [subject for subject in self._alive() if first_of_folder[subject.folder] is subject]
         reference = next((subject for subject in subjects if subject.precision == "fp32"), None)
-        if reference is not None:
-            subjects.remove(reference)
-            compared = [subject for subject in subjects if subject.same_vocabulary(reference)]
-            with _blamed_on(reference):
-                self._measure_quality_of([reference, *compared], reference)
-            subjects = [subject for subject in subjects if subject not in compared]
-        for subject in subjects:
-            with _blamed_on(subject):
-                self._measure_quality_of([subject], None)
+        compared = [subject for subject in subjects if reference and subject.same_vocabulary(reference)]
+        alone = [[subject] for subject in subjects if subject not in compared]
+        for group in [compared, *alone] if compared else alone:
+            with _blamed_on(group[0]):
+                self._measure_quality_of(group)
         for subject in self._alive():
             subject.take_quality_from(first_of_folder[subject.folder])
             self._on_step()
 
-    def _measure_quality_of(self, subjects: list[Subject], reference: Subject | None) -> None:
-        """Let models with the same vocabulary predict the text, window by window, the reference first."""
-        tokens = subjects[0].tokenize(self._text)
+    def _measure_quality_of(self, subjects: list[Subject]) -> None:
+        """Let models with the same vocabulary predict the text, window by window; the first is the reference."""
+        reference, *others = subjects
         shortest_context = min(subject.context_length for subject in subjects)
-        windows = windows_of(tokens, shortest_context, self._settings.quality_tokens)
-        for subject in subjects:
-            subject.quality_text = self._text_title
-            subject.quality_reference = None if reference in (None, subject) else reference.name if reference else None
+        windows = windows_of(reference.tokenize(self._text), shortest_context, self._settings.quality_tokens)
+        reference.begin_quality(self._text_title, None)
+        for subject in others:
+            subject.begin_quality(self._text_title, reference.name)
         with tempfile.TemporaryDirectory(prefix="gpt2-edge-bench-") as folder:
-            saved = str(Path(folder) / "logits.npy") if len(subjects) > 1 else None
+            logits = str(Path(folder) / "logits.npy")
             for window in windows:
-                for subject in subjects:
+                reference.add_window(window, None, logits if others else None)
+                for subject in others:
                     if subject.alive:
-                        self._measure_window(subject, window, saved, is_reference=subject is reference)
-
-    def _measure_window(self, subject: Subject, window: list[int], saved: str | None, is_reference: bool) -> None:
-        compared_with = None if is_reference else saved
-        save_to = saved if is_reference else None
-        if is_reference:
-            subject.add_window(window, compared_with, save_to)
-        else:
-            with _blamed_on(subject):
-                subject.add_window(window, compared_with, save_to)
+                        with _blamed_on(subject):
+                            subject.add_window(window, logits, None)
 
     def _sustain(self, subject: Subject) -> None:
         count = min(_SUSTAINED_SAMPLE_TOKENS, subject.context_length - 1)
         started_at = time.perf_counter()
         while time.perf_counter() - started_at < self._settings.sustain_seconds:
-            speed = subject.ask_speed(SpeedTest(0, count))
-            subject.sustained.append((round(time.perf_counter() - started_at, 3), speed))
+            speed = subject.ask_speed(SpeedTest(0, count), self._settings.sample_seconds)
+            subject.add_sustained(time.perf_counter() - started_at, speed)
 
 
 def run(
-    folders: Sequence[str | Path] = ("storyteller",),
+    folders: str | Path | Sequence[str | Path] = "storyteller",
     *,
     settings: Settings | None = None,
     text: str | Path | None = None,
@@ -203,7 +191,7 @@ def run(
     """Measure speed, memory and quality of model folders side by side.
 
     Args:
-        folders: Model folders, or "storyteller".
+        folders: A model folder or several, or "storyteller".
         settings: What is measured; None takes the defaults.
         text: A UTF-8 file to measure quality over; None takes the excerpt that comes with gpt2-edge.
         on_stage: Called with a description when something else begins.
@@ -215,6 +203,8 @@ def run(
     Raises:
         OptionError: There is no folder, or the text cannot be used.
     """
+    if isinstance(folders, str | Path):
+        folders = [folders]
     coordinator = Coordinator(folders, settings or Settings(), None if text is None else Path(text))
     coordinator.measure(on_stage)
     return coordinator.report()
@@ -255,8 +245,8 @@ def _blamed_on(subject: Subject) -> Iterator[None]:
 def _read_text(path: Path | None) -> tuple[str, str]:
     """Return the title and the contents of the text for quality."""
     if path is None:
-        excerpt = resources.files("gpt2_edge.benchmarks") / EXCERPT_NAME
-        return EXCERPT_TITLE, excerpt.read_text(encoding="utf-8")
+        excerpt = resources.files("gpt2_edge.benchmarks") / _EXCERPT_NAME
+        return _EXCERPT_TITLE, excerpt.read_text(encoding="utf-8")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -276,6 +266,8 @@ def _arguments(settings: Settings, text: Path | None) -> list[str]:
             arguments += [option, ",".join(map(str, value))]
     if settings.repetitions != default.repetitions:
         arguments += ["-r", str(settings.repetitions)]
+    if settings.sample_seconds != default.sample_seconds:
+        arguments += ["--sample-seconds", f"{settings.sample_seconds:g}"]
     if settings.threads is not None:
         arguments += ["--threads", ",".join(map(str, settings.threads))]
     if settings.device != default.device:
@@ -285,8 +277,3 @@ def _arguments(settings: Settings, text: Path | None) -> list[str]:
     if settings.sustain_seconds:
         arguments += ["--sustain", f"{settings.sustain_seconds:g}"]
     return arguments if text is None else [*arguments, "--text", str(text)]
-
-
-def command_line(report: Report) -> str:
-    """Return the command that measures the same again, quoted for a POSIX shell."""
-    return shlex.join(report.command)

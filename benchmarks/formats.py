@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from gpt2_edge.benchmarks.report import Report, Speed, Variant
-from gpt2_edge.benchmarks.sheets import NOTHING, Sheet, sheets_of, with_spread
+from gpt2_edge.benchmarks.sheets import NOTHING, SPEEDS_TITLE, Sheet, sheets_of, with_spread
 from gpt2_edge.benchmarks.summary import remarks, summary_sentences
 
 _MEBIBYTE = 1024 * 1024
@@ -18,7 +18,7 @@ def to_markdown(report: Report) -> str:
     parts += [
         f"**{_cell(sheet.title)}**\n\n{_markdown_table(sheet)}"
         for sheet in sheets_of(report)
-        if not sheet.title.startswith("Tokens/s")
+        if not sheet.title.startswith(SPEEDS_TITLE)
     ]
     parts += summary_sentences(report)
     said = [*remarks(report), *(report.comparison.notes if report.comparison else ())]

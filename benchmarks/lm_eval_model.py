@@ -33,6 +33,7 @@ except ImportError as error:
     ) from error
 
 _PROMPTS_TOGETHER: Final = 64  # more than are decoded side by side, so that a row that leaves is replaced at once
+_HARNESS_DEVICE: Final = "cuda:0"  # what the harness gives when nobody chose one
 # The harness takes all of these, the first that is given counts.
 _LENGTH_NAMES: Final = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 
@@ -43,7 +44,7 @@ class Gpt2EdgeLM(LM):  # type: ignore[misc]  # the harness is not typed
 
     Args:
         model: A loaded model, which stays open; or a model folder to load.
-        device: See `gpt2_edge.load`.
+        device: See `gpt2_edge.load`; "cuda:0", the harness's default, is taken for "auto".
         threads: See `gpt2_edge.load`.
         max_gen_toks: Tokens to generate where a task does not say.
         seed: For tasks that draw tokens.
@@ -63,6 +64,7 @@ class Gpt2EdgeLM(LM):  # type: ignore[misc]  # the harness is not typed
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        device = "auto" if device == _HARNESS_DEVICE else device
         self.model = model if isinstance(model, Model) else load(model, device=device, threads=threads)
         self._max_gen_toks = max_gen_toks
         self._seed = seed

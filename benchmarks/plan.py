@@ -4,6 +4,7 @@ Tests have llama-bench's names: `pp512` computes a prompt of 512 tokens, `tg128`
 `tg128 @ d512` the same after 512 tokens that are not timed. `tg128 b4` is ours: 4 sequences side by side.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -29,6 +30,8 @@ class Settings:
         depths: Tokens before the tg tests, beside 0; None for 512 and 900, or what a small context holds.
         batches: Sequences side by side in the tg tests at depth 0.
         repetitions: Samples of every test, after a warm-up.
+        sample_seconds: A test that is over sooner is run again until then, and all of that is one sample: a prompt of a
+            tiny model takes milliseconds, which would measure the moods of the clock and the scheduler.
         threads: Threads that compute, each number a row of its own; None for the cores allowed.
         device: As in `gpt2_edge.load`.
         quality_tokens: Tokens of the text over which quality is measured, at most; 0 leaves it out.
@@ -40,6 +43,7 @@ class Settings:
     depths: tuple[int, ...] | None = None
     batches: tuple[int, ...] = DEFAULT_BATCHES
     repetitions: int = DEFAULT_REPETITIONS
+    sample_seconds: float = 0.25
     threads: tuple[int, ...] | None = None
     device: str = "auto"
     quality_tokens: int = 4096
@@ -53,8 +57,9 @@ class Settings:
         _check_counts("repetitions", (self.repetitions,), 1)
         _check_counts("threads", self.threads, 1)
         _check_counts("quality_tokens", (self.quality_tokens,), 0)
-        if not self.sustain_seconds >= 0:
-            raise OptionError(f"sustain_seconds is {self.sustain_seconds!r}: give seconds, 0 or more")
+        for name in ("sample_seconds", "sustain_seconds"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise OptionError(f"{name} is {getattr(self, name)!r}: give seconds, 0 or more")
 
 
 @dataclass(frozen=True, slots=True)

@@ -219,7 +219,7 @@ class Verdict:
         quantity: Name of the test, or "time to first token".
         before: In the earlier report.
         now: In this one.
-        verdict: "faster" or "slower" if the spreads support it, otherwise "no difference beyond the spread".
+        verdict: "faster" or "slower" if the spreads support it, otherwise why there is none.
         times_as_fast: How many times; None without a difference.
     """
 

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from gpt2_edge.benchmarks.report import Report, Variant
+from gpt2_edge.benchmarks.comparison import FIRST_TOKEN
+from gpt2_edge.benchmarks.report import Report, Variant, Verdict
 from gpt2_edge.benchmarks.spread import Measurement
 from gpt2_edge.benchmarks.summary import decode_test, prefill_test
 
 NOTHING = "–"
 DISTURBED_MARK = "*"
+SPEEDS_TITLE = "Tokens/s without sampling"
 
 _Column = tuple[str, Callable[[Variant], str]]
 
@@ -28,14 +30,9 @@ class Sheet:
     rows: tuple[tuple[str, ...], ...]
 
 
-def sheets_of(report: Report, speeds_in_a_sheet: int | None = None) -> list[Sheet]:
-    """Return the overview, then the details.
-
-    Args:
-        report: What was measured.
-        speeds_in_a_sheet: So many tests are side by side; None puts all in one table.
-    """
-    sheets = [_overview(report), *_speeds(report, speeds_in_a_sheet), _latency(report), _resources(report)]
+def sheets_of(report: Report) -> list[Sheet]:
+    """Return the overview, then the details."""
+    sheets = [_overview(report), _speeds(report), _latency(report), _resources(report)]
     if any(variant.quality for variant in report.variants):
         sheets.append(_quality(report))
     if any(variant.sustained for variant in report.variants):
@@ -79,26 +76,18 @@ def _overview(report: Report) -> Sheet:
     ]
     columns += [_speed_column(test) for test in (prefill_test(report), decode_test(report)) if test is not None]
     columns += [
-        ("p99", lambda variant: f"{variant.latency.p99_ms:.1f} ms" if variant.latency else NOTHING),
         ("perplexity", lambda variant: f"{variant.quality.perplexity:,.2f}" if variant.quality else NOTHING),
         ("same top", _same_top),
     ]
     return _sheet("Overview: speed in tokens/s, mean ± standard deviation", report, columns)
 
 
-def _speeds(report: Report, in_a_sheet: int | None) -> list[Sheet]:
+def _speeds(report: Report) -> Sheet:
     tests = list(dict.fromkeys(name for variant in report.variants for name in variant.speeds))
     measured = [test for test in tests if any(variant.speed(test) for variant in report.variants)]
-    size = in_a_sheet or max(1, len(measured))
-    threads: _Column = ("thr.", lambda variant: str(variant.threads or NOTHING))
-    return [
-        _sheet(
-            f"Tokens/s without sampling, {report.settings.get('repetitions')} repetitions",
-            report,
-            [threads, *map(_speed_column, measured[start : start + size])],
-        )
-        for start in range(0, len(measured), size)
-    ]
+    threads: _Column = ("threads", lambda variant: str(variant.threads or NOTHING))
+    title = f"{SPEEDS_TITLE}, {report.settings.get('repetitions')} repetitions"
+    return _sheet(title, report, [*map(_speed_column, measured), threads])
 
 
 def _latency(report: Report) -> Sheet:
@@ -194,19 +183,18 @@ def _sustained(report: Report) -> Sheet:
 def _comparison(report: Report) -> Sheet:
     verdicts = () if report.comparison is None else report.comparison.verdicts
     earlier = "" if report.comparison is None else report.comparison.earlier
-    return Sheet(
-        f"Against {earlier}",
-        ("model", "test", "before", "now", "verdict"),
-        tuple(
-            (
-                each.name,
-                each.quantity,
-                with_spread(each.before, 1e3 if each.quantity.startswith("time") else 1),
-                with_spread(each.now, 1e3 if each.quantity.startswith("time") else 1),
-                each.verdict if each.times_as_fast is None else f"{each.verdict}, {each.times_as_fast}",
-            )
-            for each in verdicts
-        ),
+    return Sheet(f"Against {earlier}", ("model", "test", "before", "now", "verdict"), tuple(map(_verdict, verdicts)))
+
+
+def _verdict(verdict: Verdict) -> tuple[str, ...]:
+    is_time = verdict.quantity == FIRST_TOKEN
+    scale = 1e3 if is_time else 1.0
+    return (
+        verdict.name,
+        "first token, ms" if is_time else verdict.quantity,
+        with_spread(verdict.before, scale),
+        with_spread(verdict.now, scale),
+        verdict.verdict if verdict.times_as_fast is None else f"{verdict.verdict}, {verdict.times_as_fast}",
     )
 
 

@@ -25,9 +25,6 @@ class Subject:
 
     Attributes:
         alive: Whether it can be measured, as far as is known.
-        sustained: When a sample of sustained decoding ended, and its tokens a second.
-        quality_text: Which text quality is measured over.
-        quality_reference: Name of the row it is compared with.
     """
 
     def __init__(self, name: str, folder: str, threads: int | None) -> None:
@@ -35,9 +32,9 @@ class Subject:
         self.folder = folder
         self.alive = False
         self._bandwidth_samples: list[float] = []
-        self.sustained: list[tuple[float, float]] = []
-        self.quality_text = ""
-        self.quality_reference: str | None = None
+        self._sustained: list[tuple[float, float]] = []
+        self._quality_text = ""
+        self._quality_reference: str | None = None
         self._asked_threads = threads
         self._process: WorkerProcess | None = None
         self._manifest: Manifest | None = None
@@ -130,15 +127,15 @@ class Subject:
         """Run a test without a result, if it is planned for this model."""
         self._try_test(test, "warm_up")
 
-    def sample_speed(self, test: SpeedTest) -> None:
+    def sample_speed(self, test: SpeedTest, sample_seconds: float) -> None:
         """Run a test once more, if it is planned for this model."""
-        answer = self._try_test(test, "speed")
+        answer = self._try_test(test, "speed", sample_seconds=sample_seconds)
         if answer is not None:
             self._speed_samples.setdefault(test.name, []).append(answer["tokens_per_second"])
 
-    def ask_speed(self, test: SpeedTest) -> float:
+    def ask_speed(self, test: SpeedTest, sample_seconds: float) -> float:
         """Run a test that is no part of the plan, and return tokens a second."""
-        return float(self._ask("speed", **_arguments(test))["tokens_per_second"])
+        return float(self._ask("speed", **_arguments(test), sample_seconds=sample_seconds)["tokens_per_second"])
 
     def sample_latency(self, settings: Settings) -> None:
         """Generate once more as a caller does."""
@@ -163,9 +160,17 @@ class Subject:
         tokens: list[int] = self._ask("tokenize", text=text)["tokens"]
         return tokens
 
+    def begin_quality(self, text: str, reference: str | None) -> None:
+        """Take the name of the text, and of the row that is compared with."""
+        self._quality_text, self._quality_reference = text, reference
+
     def add_window(self, window: list[int], reference: str | None, save_to: str | None) -> None:
         """Predict a window of the text."""
         self._tally.add(self._ask("window", tokens=window, reference=reference, save_to=save_to))
+
+    def add_sustained(self, seconds: float, tokens_per_second: float) -> None:
+        """Take a sample of decoding without a pause."""
+        self._sustained.append((round(seconds, 3), tokens_per_second))
 
     def take_quality_from(self, other: "Subject") -> None:
         """Take what was measured with another number of threads."""
@@ -209,12 +214,12 @@ class Subject:
             raise WorkerError(f"{self.folder} is not loaded")
         return self._process.ask(do, **arguments)
 
-    def _try_test(self, test: SpeedTest, do: str) -> dict[str, Any] | None:
+    def _try_test(self, test: SpeedTest, do: str, **more: float) -> dict[str, Any] | None:
         """Run a test, unless it does not fit or failed before."""
         if test not in self._plan.tests or test.name in self._speed_errors:
             return None
         try:
-            return self._ask(do, **_arguments(test))
+            return self._ask(do, **_arguments(test), **more)
         except WorkerDiedError:
             raise
         except WorkerError as error:
@@ -273,12 +278,12 @@ class Subject:
         )
 
     def _own_quality(self) -> Quality | None:
-        return self._tally.quality(self.quality_text, self.quality_reference) if self._tally.losses else None
+        return self._tally.quality(self._quality_text, self._quality_reference) if self._tally.losses else None
 
     def _sustained_speed(self) -> SustainedSpeed | None:
-        if not self.sustained:
+        if not self._sustained:
             return None
-        seconds, speeds = zip(*self.sustained, strict=True)
+        seconds, speeds = zip(*self._sustained, strict=True)
         return SustainedSpeed(seconds=tuple(seconds), tokens_per_second=tuple(speeds))
 
 

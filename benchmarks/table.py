@@ -12,7 +12,9 @@ from gpt2_edge.benchmarks.sheets import DISTURBED_MARK, NOTHING, Sheet, sheets_o
 from gpt2_edge.benchmarks.summary import remarks, summary_sentences
 
 MAXIMUM_COLUMNS: Final = 100
-_SPEEDS_SIDE_BY_SIDE: Final = 4
+_BETWEEN_COLUMNS: Final = 3
+_EDGES: Final = 4
+_NARROWEST_NAMES: Final = 16
 
 
 def print_tables(report: Report, file: IO[str] | None = None) -> None:
@@ -24,8 +26,10 @@ def print_tables(report: Report, file: IO[str] | None = None) -> None:
     """
     console = Console(file=file, highlight=False)
     console.width = min(console.width, MAXIMUM_COLUMNS) if console.is_terminal else MAXIMUM_COLUMNS
-    for sheet in sheets_of(report, _SPEEDS_SIDE_BY_SIDE):
-        console.print(_table(sheet))
+    for sheet in sheets_of(report):
+        for part in fitting_parts(sheet, console.width):
+            console.print(part.title, style="bold", markup=False)
+            console.print(_table(part))
     for sentence in summary_sentences(report):
         console.print(f"[bold]{escape(sentence)}[/bold]")
     if any(variant.disturbed for variant in report.variants):
@@ -37,10 +41,34 @@ def print_tables(report: Report, file: IO[str] | None = None) -> None:
     console.print(_where(report), style="dim")
 
 
+def fitting_parts(sheet: Sheet, width: int) -> list[Sheet]:
+    """Cut a table that is too wide into several, each with the first column and as many others as fit."""
+    names = min(_NARROWEST_NAMES, _column_width(sheet, 0))
+    parts: list[list[int]] = [[]]
+    used = names
+    for column in range(1, len(sheet.header)):
+        needed = _column_width(sheet, column) + _BETWEEN_COLUMNS
+        if parts[-1] and used + needed > width - _EDGES:
+            parts.append([])
+            used = names
+        parts[-1].append(column)
+        used += needed
+    return [
+        Sheet(
+            sheet.title if number == 0 else f"{sheet.title} (continued)",
+            tuple(sheet.header[column] for column in (0, *columns)),
+            tuple(tuple(row[column] for column in (0, *columns)) for row in sheet.rows),
+        )
+        for number, columns in enumerate(parts)
+    ]
+
+
+def _column_width(sheet: Sheet, column: int) -> int:
+    return max(len(cells[column]) for cells in (sheet.header, *sheet.rows))
+
+
 def _table(sheet: Sheet) -> Table:
-    table = Table(
-        title=escape(sheet.title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1)
-    )
+    table = Table(box=box.SIMPLE_HEAD)
     for place, name in enumerate(sheet.header):
         # The first column gives way when names are long: a number is never cut.
         table.add_column(escape(name), justify="right" if place else "left", no_wrap=place > 0, overflow="fold")

@@ -39,9 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # Whoever read our output has gone, as `head` does; nothing is left to be flushed at exit.
+    except OSError as error:
+        # Whoever read our output has gone, as `head` does, or the disk is full; nothing is left to be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f"gpt2-edge: {error}", file=sys.stderr)
         return 1
 
 

@@ -20,7 +20,8 @@ from typing import Final
 
 import numpy as np
 
-from gpt2_edge.errors import ModelClosedError
+from gpt2_edge.errors import ModelClosedError, OptionError
+from gpt2_edge.interrupt import deferred_interrupt
 from gpt2_edge.kv_cache import SequenceCache
 from gpt2_edge.session import Logits, StepSession
 
@@ -93,11 +94,12 @@ class Engine:
         self._session = session
         self._process = os.getpid()
         self._changed = threading.Condition()  # guards the four below; held for moments, never during a step
-        self._computing = False
+        self._computed_by: int | None = None  # the thread
         self._closed = False
         self._somebody_left = False
         self._waiting: deque[Row] = deque()
         # These belong to the thread that computes.
+        self._in_receive = False
         self._prefilling: Row | None = None
         self._decoding: list[Row] = []
 
@@ -126,7 +128,7 @@ class Engine:
         if os.getpid() == self._process:
             with self._changed:
                 self._somebody_left = True
-                if not self._computing:
+                if self._computed_by is None:
                     self._remove_interrupted()
 
     def run_until(self, ready: Callable[[], object]) -> None:
@@ -134,25 +136,37 @@ class Engine:
 
         Args:
             ready: Must become true at the latest when the rows it looks at are done. Called often: keep it short.
+
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed; the rows stay as they are.
+            OptionError: A logits processor called the model that it belongs to.
         """
-        while True:
-            with self._changed:
-                while not ready() and self._computing:
-                    self._changed.wait()
-                if ready():
-                    return
-                self._computing = True
-                self._remove_interrupted()
-                if self._waiting and self._prefilling is None:
-                    self._admit()
-            try:
-                self._step()
-            finally:
+        me = threading.get_ident()
+        if self._computed_by == me and self._in_receive:
+            raise OptionError("a logits_processor was about to use the model that waits for it: use another model")
+        with deferred_interrupt() as interrupt:
+            while not interrupt.is_set():
                 with self._changed:
-                    self._computing = False
-                    if self._somebody_left:
-                        self._remove_interrupted()
-                    self._changed.notify_all()
+                    while not ready() and self._is_computed_by_another():
+                        self._changed.wait()
+                    if ready():
+                        return
+                    self._remove_interrupted()
+                    if self._waiting and self._prefilling is None:
+                        self._admit()
+                    self._computed_by = me
+                try:
+                    self._step()
+                finally:
+                    with self._changed:
+                        self._computed_by = None
+                        if self._somebody_left:
+                            self._remove_interrupted()
+                        self._changed.notify_all()
+
+    def _is_computed_by_another(self) -> bool:
+        """Tell whether another thread computes a step; a mark of this one was left by an exception of a signal."""
+        return self._computed_by not in (None, threading.get_ident())
 
     def close(self) -> None:
         """Fail all rows, wait for the step in progress, and release the session. May be called again."""
@@ -166,7 +180,7 @@ class Engine:
             self._fail(rows, ModelClosedError("the model was closed meanwhile"))
             for row in rows:
                 row.abandoned = True  # ends a prefill that is going on
-            self._changed.wait_for(lambda: not self._computing)
+            self._changed.wait_for(lambda: not self._is_computed_by_another())
             for row in rows:
                 row.left = True
             self._prefilling, self._decoding = None, []
@@ -268,10 +282,13 @@ class Engine:
             self._deliver(row, logits[index : index + 1])
 
     def _deliver(self, row: Row, logits: Logits) -> None:
+        self._in_receive = True
         try:
             row.receive(logits)
         except Exception as error:  # noqa: BLE001 - raised again in the thread that waits for the row
             self._fail([row], error)
+        finally:
+            self._in_receive = False
 
     def _fail(self, rows: Iterable[Row], error: BaseException) -> None:
         for row in rows:
@@ -314,7 +331,7 @@ class Engine:
         if self._prefilling is not None and slot_of_prefilling != len(remaining):
             self._session.copy_slot(slot_of_prefilling, len(remaining), self._prefilling.prefilled)
         for row in restarting:
-            row.restarts, row.prefilled = False, 0
+            row.restarts, row.prefilled, row.prompt_group = False, 0, None
         with self._changed:
             self._waiting.extendleft(reversed(restarting))
             if not self._waiting and not self._all_rows() and not self._closed:

@@ -67,7 +67,7 @@ class SessionError(Gpt2EdgeError):
 
 
 class LogitsError(Gpt2EdgeError):
-    """The model produced logits from which no token can be chosen."""
+    """No token can be chosen: the model's logits, the options or the logits processor leave none."""
 
 
 class ModelClosedError(Gpt2EdgeError):

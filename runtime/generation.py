@@ -144,6 +144,12 @@ class GenerationRow(Row):
             logprobs=self._logprobs[:kept] if self._options.logprobs is not None else None,
         )
 
+    def text_beyond_tokens(self) -> str:
+        """Return the text that belongs to no kept token, because a stop text begins inside of a token."""
+        if self._assembler.stop is None:
+            return ""
+        return "".join(self._texts)[self._assembler.characters_before_stop :]
+
     def tokens_without_stop(self) -> list[int]:
         """Return `tokens` without those that a stop text lies in."""
         surplus = len(self._continuation) - self._before - self._assembler.tokens_before_stop

@@ -112,7 +112,7 @@ class Model:
         Raises:
             OptionError: An option is unknown or has a value that is not allowed.
             PromptError: A prompt is not text or token ids of this model; `ContextLengthError` if it is too long.
-            LogitsError: The model computed NaN.
+            LogitsError: The model computed NaN, or the options or the logits processor leave no token.
             ModelClosedError: The model was closed.
         """
         rows = self._generation_rows(prompt, n, options)

@@ -2,6 +2,7 @@
 
 import difflib
 import math
+import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -60,7 +61,7 @@ class GenerationOptions:
         top_k: Draw from the k likeliest tokens only; None or 0 from all.
         top_p: Draw from the smallest set of likeliest tokens whose probabilities add up to at least this; the
             token that crosses the border is in the set, so at least one always is. None or 1 means all.
-        min_p: Draw from the tokens that are at least this fraction as likely as the likeliest. None or 0 means all.
+        min_p: Draw from the tokens that are at least this fraction as likely as the likeliest, the border kept. None or 0 means all.
         typical_p: Draw from the tokens whose information is closest to the distribution's entropy, as many as it
             takes to reach this probability. None or 1 means all.
         repetition_penalty: Divides positive and multiplies negative logits of tokens that occur in the prompt or
@@ -70,7 +71,7 @@ class GenerationOptions:
         no_repeat_ngram_size: No sequence of so many tokens occurs twice in prompt and continuation; 0 is off.
         logit_bias: Added to the logits of these tokens.
         banned_tokens: Are never chosen.
-        logits_processor: Called with all tokens so far and the logits, which it may change in place.
+        logits_processor: Called with all tokens so far and the logits, which it may change in place; returns nothing.
         seed: Makes the drawing repeatable, 0 to 2**64 - 1; None draws a seed, which the result reports.
         stop: Texts that end the continuation; they are not part of it.
         stop_tokens: Tokens that end the continuation; they are not part of it.
@@ -159,7 +160,7 @@ def make_options(keywords: OptionKeywords) -> GenerationOptions:
     for name in keywords:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
-            meant = f": did you mean {close[0]}?" if close else ""
+            meant = f": did you mean {close[0]}?" if close else "."
             raise OptionError(f"unknown option {name}{meant} The options are {', '.join(known)}")
     return GenerationOptions(**keywords)
 
@@ -176,7 +177,8 @@ def _check_integer(name: str, value: Any, minimum: int, maximum: int | None) -> 
 def _check_number(name: str, value: Any, minimum: float, maximum: float, allowed: str) -> None:
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise OptionError(f"{name} is {value!r}: give {allowed}")
-    if not (minimum <= value <= maximum and math.isfinite(value)):
+    # An integer can be too large for a float; it is not finite then, as far as we are concerned.
+    if not (minimum <= value <= maximum and abs(value) <= sys.float_info.max):
         raise OptionError(f"{name} is {value}: give {allowed}")
 
 

@@ -2,6 +2,7 @@
 
 import codecs
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 
 class TextAssembler:
@@ -51,7 +52,15 @@ class TextAssembler:
         """How many of the first tokens lie wholly before the stop text; all of them if none was found."""
         if self.stop is None:
             return len(self._ends)
-        return sum(end <= self._given for end in self._ends)
+        # A token that ends where the stop text begins without having ended a character holds bytes of the stop text.
+        complete = (end < self._given or before < end == self._given for before, end in pairwise((0, *self._ends)))
+        return sum(complete)
+
+    @property
+    def characters_before_stop(self) -> int:
+        """How many characters these tokens have."""
+        tokens = self.tokens_before_stop
+        return self._ends[tokens - 1] if tokens else 0
 
     def _take(self, text: str, may_stop: bool, token_ends: bool) -> str:
         self._held += text

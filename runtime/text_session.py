@@ -8,7 +8,7 @@ from gpt2_edge.core import ModelCore, Prompt, row_seeds
 from gpt2_edge.errors import ContextLengthError, OptionError, SessionError
 from gpt2_edge.generation import GenerationRow, window_of
 from gpt2_edge.kv_cache import SequenceCache
-from gpt2_edge.options import GenerationOptions, OptionKeywords
+from gpt2_edge.options import GenerationOptions, OptionKeywords, Overflow
 from gpt2_edge.results import Generation
 from gpt2_edge.session_file import SessionState, save_session
 from gpt2_edge.stream import TextStream
@@ -19,9 +19,9 @@ class Session:
 
     A session is used by one caller at a time; many sessions of one model may be used at once.
 
-    Where generated tokens are gone on from, their keys and values come from decode steps, which may differ from
-    those of a prefill of the same tokens by about 1e-6: so a session may, very rarely, choose another token than a
-    fresh prompt of the same text would.
+    Where generated tokens are gone on from, their keys and values come from decode steps, which differ from those of
+    a prefill of the same tokens in the last bits: so a session may choose other tokens than a fresh prompt of the
+    same text would, very rarely at full precision and more often at INT8, whose rounding amplifies it.
 
     Args:
         core: Of the model.
@@ -40,21 +40,35 @@ class Session:
 
     @property
     def text(self) -> str:
-        """The text of all tokens so far."""
-        return self._core.tokenizer.decode(self._settled().tokens)
+        """The text of all tokens so far, without the end-of-text token that a text from nothing starts from.
 
-    def append(self, text: Prompt) -> None:
+        After the context has slid, that is the kept part only.
+        """
+        tokens = self._settled().tokens
+        return self._core.tokenizer.decode(tokens[1:] if tokens[:1] == (self._core.facts.end_of_text,) else tokens)
+
+    def append(self, text: Prompt, *, overflow: Overflow = "stop", keep_tokens: int = 0) -> None:
         """Add text or token ids; they are computed at the next `generate`.
 
         A text is tokenized by itself, without regard to what stands before it.
 
+        Args:
+            text: What to add.
+            overflow: If there is no room: "stop" is an error, "slide" forgets the oldest tokens.
+            keep_tokens: With "slide": so many of the first tokens are never forgotten.
+
         Raises:
             PromptError: It cannot be used; `ContextLengthError` if there is no room. The session stays as it was.
+            OptionError: `overflow` or `keep_tokens` is not allowed.
         """
+        GenerationOptions(overflow=overflow, keep_tokens=keep_tokens)
         state = self._settled()
         tokens = (*state.tokens, *self._core.tokens(text))
+        cache = state.cache
+        if len(tokens) > self._core.facts.context_length and overflow == "slide":
+            tokens, cache = tuple(window_of(tokens, self._core.facts.context_length, keep_tokens)), None
         self._core.check_length(tokens)
-        self._state = replace(state, prompt=tokens, continuation=())
+        self._state = replace(state, prompt=tokens, continuation=(), cache=cache)
 
     def replace(self, text: Prompt) -> None:
         """Make the whole text another; what it has in common with the old one at the start is not computed again.
@@ -153,6 +167,8 @@ class Session:
             else:
                 state = replace(state, continuation=(*state.continuation, *row.result().tokens))
             state = replace(state, cache=_first_of(state.cache, len(state.tokens)))
+            rest = self._core.tokenizer.encode(row.text_beyond_tokens())
+            state = replace(state, continuation=(*state.continuation, *rest))
         self._state, self._row = state, None
         return state
 

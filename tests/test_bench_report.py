@@ -28,9 +28,10 @@ from gpt2_edge.benchmarks.report import (
     SustainedSpeed,
     Variant,
 )
+from gpt2_edge.benchmarks.sheets import Sheet, sheets_of
 from gpt2_edge.benchmarks.spread import Measurement, measurement
 from gpt2_edge.benchmarks.summary import remarks, summary_sentences
-from gpt2_edge.benchmarks.table import print_tables
+from gpt2_edge.benchmarks.table import fitting_parts, print_tables
 from gpt2_edge.errors import OptionError
 
 LONG_NAME = "a-model-folder-with-quite-a-long-name-int8"
@@ -165,6 +166,26 @@ def test_the_tables_fit_100_columns() -> None:
         assert len(line) <= 100, line
 
 
+def test_a_table_that_is_too_wide_is_cut_between_columns() -> None:
+    sheet = Sheet("title", ("model", "first", "second", "third"), (("m", "1" * 10, "2" * 10, "3" * 10),))
+    assert [part.header[1:] for part in fitting_parts(sheet, 80)] == [("first", "second", "third")]
+    assert [part.header[1:] for part in fitting_parts(sheet, 36)] == [("first", "second"), ("third",)]
+    assert fitting_parts(sheet, 36)[1].rows == (("m", "3" * 10),)
+    assert len(fitting_parts(sheet, 5)) == 3
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 200])
+def test_no_number_is_lost_on_a_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    text = re.sub(r"\x1b\[[0-9;]*m", "", _tables(REPORT))
+    assert max(map(len, text.splitlines())) <= min(width, 100)
+    for sheet in sheets_of(REPORT):
+        for row in sheet.rows:
+            for cell in row[1:]:
+                assert cell in text
+
+
 def test_the_tables_say_everything() -> None:
     text = _tables(REPORT)
     unfolded = re.sub(r"\s+", " ", text)
@@ -227,7 +248,7 @@ def test_csv_and_json_lines_have_a_line_for_each_test() -> None:
 
 def test_comparing_with_itself_finds_no_difference() -> None:
     comparison = compare_reports(REPORT, REPORT, "old.json")
-    assert {each.verdict for each in comparison.verdicts} == {"no difference beyond the spread"}
+    assert {each.verdict for each in comparison.verdicts} == {"not beyond the spread"}
     assert len(comparison.verdicts) == 2 * (6 + 1)
     assert comparison.notes == ()
 

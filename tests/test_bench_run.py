@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,18 @@ from gpt2_edge.benchmarks.rows import RandomTokensRow
 from gpt2_edge.benchmarks.stopwatch import Stopwatch
 from gpt2_edge.benchmarks.subject import Subject
 from gpt2_edge.benchmarks.worker_process import WorkerError, WorkerProcess
-from gpt2_edge.cli import main
 from gpt2_edge.errors import OptionError
 from gpt2_edge.quantize.quality import compare_logits
 
-SMALL = Settings(prompts=(16,), new_tokens=(8,), depths=(32, 9999), batches=(1, 2), repetitions=3, quality_tokens=200)
+SMALL = Settings(
+    prompts=(16,),
+    new_tokens=(8,),
+    depths=(32, 9999),
+    batches=(1, 2),
+    repetitions=3,
+    sample_seconds=0,
+    quality_tokens=200,
+)
 TESTS = ["pp16", "tg8", "tg8 @ d32", "tg8 b2"]
 
 
@@ -122,7 +130,7 @@ def test_the_report_survives_json_and_says_how_to_repeat_it(report: Report, stor
     assert Report.from_json(report.to_json()) == report
     assert report.command[:3] == ("gpt2-edge", "bench", str(storyteller_fp32))
     options = " ".join(report.command[6:])
-    assert options == "-p 16 -n 8 -d 32,9999 -b 1,2 -r 3 --quality-tokens 200"
+    assert options == "-p 16 -n 8 -d 32,9999 -b 1,2 -r 3 --sample-seconds 0 --quality-tokens 200"
     assert not report.interrupted
 
 
@@ -172,9 +180,8 @@ def test_a_worker_that_dies_is_an_error_of_its_row(storyteller_int8: Path, monke
         take_memory(subject)
 
     monkeypatch.setattr(Subject, "take_memory", die)
-    coordinator = Coordinator(
-        ["storyteller"], Settings(prompts=(8,), new_tokens=(8,), depths=(), batches=(1,), repetitions=1)
-    )
+    settings = replace(SMALL, prompts=(8,), depths=(), batches=(1,), repetitions=1)
+    coordinator = Coordinator(["storyteller"], settings)
     coordinator._subjects = [Subject(name, str(storyteller_int8), 1) for name in ("one", "two")]
     coordinator._tests = coordinator._plan_tests()
     coordinator.measure()
@@ -206,7 +213,24 @@ def _bench(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_command_line(tmp_path: Path) -> None:
-    small = ("-p", "8", "-n", "8", "-d", "0", "-b", "1", "-r", "1", "--quality-tokens", "0", "--threads", "1")
+    small = (
+        "-p",
+        "8",
+        "-n",
+        "8",
+        "-d",
+        "0",
+        "-b",
+        "1",
+        "-r",
+        "1",
+        "--quality-tokens",
+        "0",
+        "--threads",
+        "1",
+        "--sample-seconds",
+        "0",
+    )
     path = tmp_path / "report.json"
     done = _bench("storyteller", *small, "--format", "json", "-o", str(path))
     assert done.returncode == 0, done.stderr
@@ -218,7 +242,7 @@ def test_the_command_line(tmp_path: Path) -> None:
     document = json.loads(done.stdout)
     assert document["variants"][0]["sustained"]["tokens_per_second"]
     assert "does not exist" in document["variants"][1]["error"]
-    assert document["comparison"]["verdicts"][0]["verdict"] == "none: fewer than 3 repetitions"
+    assert document["comparison"]["verdicts"][0]["verdict"] == "fewer than 3 samples"
 
     path.write_text('{"schema": "another"}', encoding="utf-8")
     done = _bench("storyteller", "--compare", str(path))
@@ -226,12 +250,11 @@ def test_the_command_line(tmp_path: Path) -> None:
     assert "another" in done.stderr
 
 
-def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name in [name for name in sys.modules if name.startswith("gpt2_edge.benchmarks.")]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "psutil", None)
-    assert main(["bench", "storyteller"]) == 1
-    assert "psutil, which is not installed: run pip install 'gpt2-edge[cpu,bench]'" in capsys.readouterr().err
+def test_what_is_not_installed_is_named() -> None:
+    program = 'import sys; sys.modules["psutil"] = None; from gpt2_edge.cli import main; sys.exit(main(["bench"]))'
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 1
+    assert "psutil, which is not installed: run pip install 'gpt2-edge[cpu,bench]'" in done.stderr
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")

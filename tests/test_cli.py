@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import gpt2_edge
-from gpt2_edge.cli import main
+from gpt2_edge.cli import _COMMANDS, main
 
 PROMPT = "Once upon a time"
 
@@ -139,7 +139,7 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
     assert "usage: gpt2-edge" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["generate", "next", "score", "info", "verify", "export", "quantize"])
+@pytest.mark.parametrize("command", list(_COMMANDS))
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         main([command, "--help"])

@@ -4,6 +4,8 @@ import asyncio
 import multiprocessing
 import os
 import pickle
+import random
+import signal
 import sys
 import threading
 import time
@@ -14,7 +16,7 @@ from typing import Any
 import pytest
 
 import gpt2_edge
-from gpt2_edge import ModelClosedError
+from gpt2_edge import ModelClosedError, OptionError
 
 PROMPT = "Once upon a time"
 
@@ -212,3 +214,36 @@ def test_an_idle_model_uses_no_processor(int8_model: gpt2_edge.Model) -> None:
     before = time.process_time()
     time.sleep(1.0)
     assert time.process_time() - before < 0.01
+
+
+def generate_forever(model: gpt2_edge.Model) -> None:
+    while True:
+        model.generate(PROMPT, max_new_tokens=40, ignore_eos=True)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends itself a signal")
+def test_ctrl_c_at_any_moment_leaves_the_model_usable_for_other_threads(int8_model: gpt2_edge.Model) -> None:
+    expected = int8_model.generate(PROMPT, max_new_tokens=10).tokens
+    moments = random.Random(1)
+    for _ in range(40):
+        timer = threading.Timer(moments.uniform(0.0, 0.03), signal.raise_signal, [signal.SIGINT])
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            generate_forever(int8_model)
+        timer.join()
+        results: list[list[int]] = []
+        other = threading.Thread(
+            target=lambda results=results: results.append(int8_model.generate(PROMPT, max_new_tokens=10).tokens)
+        )
+        other.start()
+        other.join(timeout=20)
+        assert results == [expected]
+
+
+def test_a_logits_processor_that_calls_its_own_model_is_told(int8_model: gpt2_edge.Model) -> None:
+    def ask(tokens: Any, logits: Any) -> None:
+        int8_model.generate("x", max_new_tokens=1)
+
+    with pytest.raises(OptionError, match="use another model"):
+        int8_model.generate(PROMPT, max_new_tokens=3, logits_processor=ask)
+    assert len(int8_model.generate(PROMPT, max_new_tokens=3).tokens) == 3

@@ -38,9 +38,10 @@ def assemble(chunks: list[bytes], stops: list[str], minimum: int = 0) -> tuple[l
         ([b"abc"], ["c", "bc"], "a", "bc", 0),  # the one that begins first
         ([b"abcd"], ["bc", "bcd"], "a", "bcd", 0),  # of those the longest
         ([b"ab", b"cd"], ["bcd", "bc"], "a", "bcd", 0),
-        ([b"\xc3", b"\xa9x"], ["\u00e9"], "", "\u00e9", 1),  # a character spread over tokens
+        ([b"\xc3", b"\xa9x"], ["\u00e9"], "", "\u00e9", 0),  # a character spread over tokens
         ([b"a\xc3"], ["\ufffd"], "a", "\ufffd", 1),  # a broken character at the end is U+FFFD, which may be a stop
         ([b"ab"], ["ab"], "", "ab", 0),
+        ([b"ab", b"\xe9\xad", b"\x94"], ["\u9b54"], "ab", "\u9b54", 1),  # bytes of the stop text alone
     ],
 )
 def test_hand_worked(chunks: list[bytes], stops: list[str], text: str, stop: str | None, tokens_before: int) -> None:
@@ -105,9 +106,9 @@ def test_a_stop_token_ends_and_is_reported(int8_model: gpt2_edge.Model) -> None:
     assert (done.finish_reason, done.stop) == ("stop", tokens[7])
 
 
-def test_logprobs_belong_to_the_tokens_before_the_stop(int8_model: gpt2_edge.Model) -> None:
-    done = int8_model.generate(PROMPT, max_new_tokens=30, stop="boy", logprobs=2)
+def test_logprobs_belong_to_the_tokens_before_the_stop(fp32_model: gpt2_edge.Model) -> None:
+    done = fp32_model.generate(PROMPT, max_new_tokens=30, stop="boy", logprobs=2)
     assert done.logprobs is not None
     assert [entry.token for entry in done.logprobs] == done.tokens
-    scored = int8_model.score([*int8_model.tokenize(PROMPT), *done.tokens]).logprobs[-len(done.tokens) :]
+    scored = fp32_model.score([*fp32_model.tokenize(PROMPT), *done.tokens]).logprobs[-len(done.tokens) :]
     assert [entry.logprob for entry in done.logprobs] == pytest.approx(scored, abs=1e-4)
