@@ -1,6 +1,5 @@
 """The charts of the HTML report, drawn as SVG by hand: no library, no script, colours from the page's style sheet."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
@@ -13,7 +12,7 @@ from gpt2_edge.benchmarks.summary import decode_test
 
 WIDTH: Final = 460
 HEIGHT: Final = 290
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 14, 44
+LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 44
 _ROW_HEIGHT: Final = 46
 _LINE_HEIGHT: Final = 15
 
@@ -65,16 +64,24 @@ def _speed_and_size(report: Report) -> Chart | None:
 
 
 def _spread_labels(labels: Sequence[tuple[float, float, Variant]]) -> list[str]:
-    """Write names beside points, each at least two lines below the one above it."""
+    """Write names beside points, on the side where there is room."""
+    middle = WIDTH * 0.6
+    left = [label for label in labels if label[0] <= middle]
+    right = [label for label in labels if label[0] > middle]
+    return [*_column_of_labels(left, "start", 10), *_column_of_labels(right, "end", -10)]
+
+
+def _column_of_labels(labels: Sequence[tuple[float, float, Variant]], anchor: str, shift: float) -> list[str]:
+    """Write names from top to bottom, two lines each, none over another or below the axis."""
     parts: list[str] = []
-    last = -math.inf
-    for x, y, variant in sorted(labels, key=lambda label: label[1]):
-        place = max(y, last + 2 * _LINE_HEIGHT + 2, TOP + 10)
-        last = place
-        to_left = x > WIDTH * 0.6
-        anchor, shift = ("end", -10) if to_left else ("start", 10)
-        parts.append(_text(x + shift, place, variant.name, anchor, "name"))
-        parts.append(_text(x + shift, place + _LINE_HEIGHT - 1, _quality_words(variant), anchor, "quiet"))
+    ordered = sorted(labels, key=lambda label: label[1])
+    step = 2 * _LINE_HEIGHT + 2
+    above = TOP + 10 - step
+    for place, (x, y, variant) in enumerate(ordered):
+        lowest = HEIGHT - BOTTOM - _LINE_HEIGHT - 2 - step * (len(ordered) - 1 - place)
+        above = max(above + step, min(y, lowest))
+        parts.append(_text(x + shift, above, variant.name, anchor, "name halo"))
+        parts.append(_text(x + shift, above + _LINE_HEIGHT - 1, _quality_words(variant), anchor, "quiet halo"))
     return parts
 
 

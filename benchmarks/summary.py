@@ -35,25 +35,27 @@ def prefill_test(report: Report) -> str | None:
 
 def remarks(report: Report) -> list[str]:
     """Return what a reader has to know before believing the numbers."""
-    found = []
-    if report.interrupted:
-        found.append("Interrupted: this is what was measured until then.")
+    found = ["Interrupted: this is what was measured until then."] if report.interrupted else []
+    about: dict[str, list[str]] = {}
     for variant in report.variants:
-        if variant.error is not None:
-            found.append(f"{variant.name}: {variant.error}")
-        if variant.disturbed:
-            found.append(f"{variant.name}: disturbed (spread above 10 %) in {', '.join(variant.disturbed)}")
-        found += [f"{variant.name}: {note}" for note in variant.notes]
-        found += _skipped(variant)
-        cores = report.environment.get("cores_allowed")
-        if variant.threads is not None and isinstance(cores, int) and variant.threads > cores:
-            found.append(f"{variant.name}: {variant.threads} threads on {cores} cores")
+        for remark in _remarks_about(variant, report.environment.get("cores_allowed")):
+            about.setdefault(remark, []).append(variant.name)
+    found += [f"{', '.join(names)}: {remark}" for remark, names in about.items()]
     load, cores = report.environment.get("load_average"), report.environment.get("cores_allowed")
     if isinstance(load, float) and isinstance(cores, int) and load > cores / 2:
         found.append(f"The machine was busy before this began: load average {load:g} on {cores} cores.")
     if report.environment.get("on_battery"):
         found.append("The machine runs on its battery.")
     return found
+
+
+def _remarks_about(variant: Variant, cores: int | None) -> list[str]:
+    found = [] if variant.error is None else [variant.error]
+    if variant.disturbed:
+        found.append(f"disturbed (spread above 10 %) in {', '.join(variant.disturbed)}")
+    if variant.threads is not None and isinstance(cores, int) and variant.threads > cores:
+        found.append(f"{variant.threads} threads on {cores} cores")
+    return [*found, *variant.notes, *_skipped(variant)]
 
 
 def _first_measured(variant: Variant, kind: str) -> str | None:
@@ -65,7 +67,7 @@ def _skipped(variant: Variant) -> list[str]:
     for name, speed in variant.speeds.items():
         if speed.skipped is not None:
             by_reason.setdefault(speed.skipped, []).append(name)
-    return [f"{variant.name}: skipped {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
+    return [f"skipped {', '.join(names)} ({reason})" for reason, names in by_reason.items()]
 
 
 def _sentence_alone(variant: Variant) -> str:

@@ -61,7 +61,8 @@ class GenerationOptions:
         top_k: Draw from the k likeliest tokens only; None or 0 from all.
         top_p: Draw from the smallest set of likeliest tokens whose probabilities add up to at least this; the
             token that crosses the border is in the set, so at least one always is. None or 1 means all.
-        min_p: Draw from the tokens that are at least this fraction as likely as the likeliest, the border kept. None or 0 means all.
+        min_p: Draw from the tokens that are at least this fraction as likely as the likeliest; one that is exactly
+            as likely is kept. None or 0 means all.
         typical_p: Draw from the tokens whose information is closest to the distribution's entropy, as many as it
             takes to reach this probability. None or 1 means all.
         repetition_penalty: Divides positive and multiplies negative logits of tokens that occur in the prompt or

@@ -51,11 +51,13 @@ class FakeSession:
     Attributes:
         calls: "prefill", "decode 2" (for two rows) and so on, in order.
         on_call: Called with the same text before the call does anything.
+        violations: What was done that is not allowed. Raised too, but the engine takes that for a failed step.
     """
 
     def __init__(self) -> None:
         self.calls: list[str] = []
         self.on_call: Callable[[str], None] = lambda call: None
+        self.violations: list[AssertionError] = []
         self.closed = False
         self._stored: list[list[int] | None] = [None]
         self._in_use = threading.Lock()
@@ -125,14 +127,19 @@ class FakeSession:
 
     @contextmanager
     def _used_alone(self, call: str) -> Iterator[None]:
-        assert self._in_use.acquire(blocking=False), "two threads use the session at once"
+        is_alone = self._in_use.acquire(blocking=False)
         try:
+            assert is_alone, "two threads use the session at once"
             assert not self.closed, "the session is used after it was closed"
             self.calls.append(call)
             self.on_call(call)
             yield
+        except AssertionError as violation:
+            self.violations.append(violation)
+            raise
         finally:
-            self._in_use.release()
+            if is_alone:
+                self._in_use.release()
 
     def _first(self, slot: int, length: int) -> list[int]:
         self._first_slot_exists(slot)
@@ -211,8 +218,10 @@ def made_up_prompt(seed: int, length: int) -> list[int]:
 
 
 @pytest.fixture
-def session() -> FakeSession:
-    return FakeSession()
+def session() -> Iterator[FakeSession]:
+    session = FakeSession()
+    yield session
+    assert session.violations == []
 
 
 @pytest.fixture
@@ -316,6 +325,7 @@ def test_any_order_of_events(events: list[Any]) -> None:
             assert isinstance(row.failure, ArithmeticError)
         else:
             row.check()
+    assert session.violations == []
     if rows:
         assert session.slots == 1, "memory was not given back"
 

@@ -216,7 +216,8 @@ def test_an_idle_model_uses_no_processor(int8_model: gpt2_edge.Model) -> None:
     assert time.process_time() - before < 0.01
 
 
-def generate_forever(model: gpt2_edge.Model) -> None:
+def generate_until_interrupted(model: gpt2_edge.Model, timer: threading.Timer) -> None:
+    timer.start()
     while True:
         model.generate(PROMPT, max_new_tokens=40, ignore_eos=True)
 
@@ -225,11 +226,10 @@ def generate_forever(model: gpt2_edge.Model) -> None:
 def test_ctrl_c_at_any_moment_leaves_the_model_usable_for_other_threads(int8_model: gpt2_edge.Model) -> None:
     expected = int8_model.generate(PROMPT, max_new_tokens=10).tokens
     moments = random.Random(1)
-    for _ in range(40):
+    for _ in range(25):
         timer = threading.Timer(moments.uniform(0.0, 0.03), signal.raise_signal, [signal.SIGINT])
-        timer.start()
         with pytest.raises(KeyboardInterrupt):
-            generate_forever(int8_model)
+            generate_until_interrupted(int8_model, timer)
         timer.join()
         results: list[list[int]] = []
         other = threading.Thread(

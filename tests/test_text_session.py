@@ -15,8 +15,8 @@ PROMPT = "The old king had three sons, and"
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "ignore_eos": True}
 
 
-# Continuing generated tokens is compared with a fresh prompt at full precision only: at INT8 the rounding of activations
-# makes a tenth of a logit out of the last bits in which decode steps and prefill differ.
+# Continuing generated tokens is compared with a fresh prompt at full precision only: at INT8 the rounding of
+# activations makes a tenth of a logit out of the last bits in which decode steps and prefill differ.
 @pytest.fixture(params=["fp32_model", "int8_model"])
 def model(request: pytest.FixtureRequest) -> gpt2_edge.Model:
     chosen: gpt2_edge.Model = request.getfixturevalue(request.param)
