@@ -76,7 +76,7 @@ def _column_of_labels(labels: Sequence[tuple[float, float, Variant]], anchor: st
     parts: list[str] = []
     ordered = sorted(labels, key=lambda label: label[1])
     step = 2 * _LINE_HEIGHT + 2
-    above = TOP + 10 - step
+    above: float = TOP + 10 - step
     for place, (x, y, variant) in enumerate(ordered):
         lowest = HEIGHT - BOTTOM - _LINE_HEIGHT - 2 - step * (len(ordered) - 1 - place)
         above = max(above + step, min(y, lowest))

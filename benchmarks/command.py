@@ -13,7 +13,6 @@ from gpt2_edge.progress import Progress
 
 FORMATS: Final = ("table", "md", "csv", "json", "jsonl", "html")
 _QUICK_REPETITIONS: Final = 3
-_QUICK_DEPTHS: Final = (512,)
 _QUICK_QUALITY_TOKENS: Final = 1024
 _QUALITY_TOKENS: Final = 4096
 _RANGE = re.compile(r"(\d+)-(\d+)(?:([+*])(\d+))?")
@@ -37,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument("--device", default="auto", help="cpu, or auto (the default)")
     lengths.add_argument("--text", metavar="FILE", type=Path, help="held-out text to measure quality over, UTF-8")
     lengths.add_argument("--quality-tokens", metavar="N", type=int, help="at most so many of it; 0 leaves quality out")
-    lengths.add_argument("--quick", action="store_true", help="about a minute: 3 repetitions, one depth, batch 1")
+    lengths.add_argument("--quick", action="store_true", help="about a minute: 3 repetitions, batch 1, less text")
     lengths.add_argument("--sustain", metavar="SECONDS", type=float, default=0.0, help="then decode without a pause")
     output = parser.add_argument_group("what is shown")
     output.add_argument("--format", choices=FORMATS, default="table", help="of the result (default: table)")
@@ -86,7 +85,7 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
     return Settings(
         prompts=arguments.prompts,
         new_tokens=arguments.new_tokens or DEFAULT_NEW_TOKENS,
-        depths=arguments.depths if arguments.depths is not None or not quick else _QUICK_DEPTHS,
+        depths=arguments.depths,
         batches=arguments.batches or ((1,) if quick else DEFAULT_BATCHES),
         repetitions=repetitions,
         sample_seconds=arguments.sample_seconds,

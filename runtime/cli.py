@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
-from typing import Final
+from typing import Any, Final
 
 from gpt2_edge.errors import Gpt2EdgeError
 from gpt2_edge.version import VERSION
@@ -55,7 +55,7 @@ def _run(arguments: list[str]) -> int:
         epilog="FOLDER is a model folder, or `storyteller` for the bundled model.",
     )
     parser.add_argument("--version", action="version", version=f"gpt2-edge {VERSION}")
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_IntermixedParser)
     for name, (module_name, summary) in _COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary.capitalize() + ".")
         if name == chosen:
@@ -67,6 +67,22 @@ def _run(arguments: list[str]) -> int:
     status: int = parsed.run(parsed)
     sys.stdout.flush()
     return status
+
+
+class _IntermixedParser(argparse.ArgumentParser):
+    """Takes options between and after the files of a list, as in `score FOLDER --lines FILE`."""
+
+    _is_inside = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # `parse_known_intermixed_args` calls this method again, for the options and then for the rest.
+        if self._is_inside:
+            return super().parse_known_args(args, namespace)
+        self._is_inside = True
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_inside = False
 
 
 def _use_utf8_output() -> None:

@@ -3,7 +3,8 @@
 import secrets
 from collections.abc import Sequence
 from hashlib import blake2b
-from typing import Final
+from operator import index
+from typing import Final, SupportsIndex
 
 from gpt2_edge.engine import Engine, Row
 from gpt2_edge.errors import ContextLengthError, OptionError, PromptError
@@ -72,15 +73,27 @@ class ModelCore:
         """
         if isinstance(text, str):
             return self.tokenizer.encode(text)
-        vocabulary_size = self.manifest.architecture.vocabulary_size
+        if isinstance(text, bytes | bytearray):
+            raise PromptError(f"the prompt is {_describe(text)}: decode it to text first, or give a list of token ids")
         try:
-            checked = [int(token) for token in text]
-        except (TypeError, ValueError, OverflowError) as error:
+            given = list(text)
+        except TypeError as error:
             raise PromptError(f"the prompt is {_describe(text)}: give text or a list of token ids") from error
-        for token, given in zip(checked, text, strict=True):
-            if isinstance(given, bool | str | bytes) or token != given or not 0 <= token < vocabulary_size:
-                raise PromptError(f"token {given!r}: this model has tokens 0 to {vocabulary_size - 1}")
-        return checked
+        return [self._checked_token(token) for token in given]
+
+    def _checked_token(self, token: object) -> int:
+        vocabulary_size = self.manifest.architecture.vocabulary_size
+        error = PromptError(f"token {_shortened(token)}: this model has tokens 0 to {vocabulary_size - 1}")
+        # numpy's integers are integers too, but a float is not, and neither is a truth value.
+        if isinstance(token, bool) or not isinstance(token, SupportsIndex):
+            raise error
+        try:
+            number = index(token)
+        except TypeError:  # an array has the method, whether it is a number or not
+            raise error from None
+        if not 0 <= number < vocabulary_size:
+            raise error
+        return number
 
     def prompt_tokens(self, prompt: Prompt) -> list[int]:
         """Return the tokens of a prompt, which are at least one: an empty one starts from end-of-text.
@@ -118,5 +131,9 @@ def _derived_seed(seed: int, row: int) -> int:
 
 
 def _describe(value: object) -> str:
+    return f"{type(value).__name__} {_shortened(value)}"
+
+
+def _shortened(value: object) -> str:
     text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -307,6 +307,7 @@ class Engine:
                 row.left = True
         if interrupted:
             self._remove_done()
+            self._release_memory_if_idle()
 
     def _remove_done(self) -> None:
         """Take out the rows that are done or restart, and close the gaps: the last row moves into the free slot."""
@@ -334,8 +335,11 @@ class Engine:
             row.restarts, row.prefilled, row.prompt_group = False, 0, None
         with self._changed:
             self._waiting.extendleft(reversed(restarting))
-            if not self._waiting and not self._all_rows() and not self._closed:
-                self._session.release_spare_slots()
+            self._release_memory_if_idle()
+
+    def _release_memory_if_idle(self) -> None:
+        if not self._waiting and not self._all_rows() and not self._closed:
+            self._session.release_spare_slots()
 
     def _let_go(self, row: Row, slot: int, length: int) -> None:
         if row.keeps_cache and row.failure is None:

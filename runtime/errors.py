@@ -38,9 +38,10 @@ class ContextLengthError(PromptError):
     """
 
     def __init__(self, tokens: int, context_length: int) -> None:
+        surplus = tokens - context_length
         super().__init__(
             f"the prompt has {tokens} tokens, the model's context holds {context_length}: "
-            f"shorten the prompt by at least {tokens - context_length} tokens"
+            f"shorten the prompt by at least {surplus} token{'' if surplus == 1 else 's'}"
         )
         self.tokens = tokens
         self.context_length = context_length

@@ -246,29 +246,6 @@ class LogitsRow(Row):
         self.done = sum(map(len, self.chunks)) == len(self.tokens)
 
 
-class ScoreRow(Row):
-    """Takes the log-probability of each token but the first, given those before it.
-
-    Attributes:
-        logprobs: Natural logarithms, for the tokens from the second on, so far.
-    """
-
-    def __init__(self, tokens: Sequence[int]) -> None:
-        super().__init__(tokens)
-        self.logprobs: list[float] = []
-
-    def logit_positions(self, start: int, stop: int) -> range:
-        """Logits after every token but the last, which nothing follows."""
-        return range(start, min(stop, len(self.tokens) - 1))
-
-    def receive(self, logits: Logits) -> None:
-        """Score the tokens that follow the ones computed."""
-        first = len(self.logprobs) + 1
-        following = self.tokens[first : first + len(logits)]
-        self.logprobs.extend(token_logprobs(logits, following).tolist())
-        self.done = len(self.logprobs) == len(self.tokens) - 1
-
-
 def token_logprobs(logits: Logits, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
     """Return the natural logarithm of the softmax of each row of logits at its token.
 

@@ -118,7 +118,10 @@ class Score:
     @property
     def perplexity(self) -> float:
         """`exp` of the mean negative log-probability of the scored tokens."""
-        return math.exp(-self.total_logprob / len(self.logprobs))
+        try:
+            return math.exp(-self.total_logprob / len(self.logprobs))
+        except OverflowError:
+            return math.inf
 
 
 def _rate(count: int, seconds: float) -> float:

@@ -41,6 +41,8 @@ class Tokenizer:
         Raises:
             PromptError: The text holds a lone surrogate, which no encoding can express.
         """
+        if not isinstance(text, str):
+            raise PromptError(f"the text is {type(text).__name__}: give a str")
         try:
             return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
         except (UnicodeEncodeError, TypeError) as error:

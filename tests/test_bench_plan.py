@@ -98,7 +98,7 @@ def test_options_become_settings() -> None:
 
 
 def test_quick_leaves_what_was_asked_for() -> None:
-    assert _settings("--quick", "-r", "4") == Settings(depths=(512,), batches=(1,), repetitions=4, quality_tokens=1024)
+    assert _settings("--quick", "-r", "4") == Settings(batches=(1,), repetitions=4, quality_tokens=1024)
 
 
 def test_zero_repetitions_are_refused() -> None:

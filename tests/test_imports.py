@@ -210,9 +210,14 @@ def test_no_network_is_used(interpreter: Interpreter, storyteller_int8: Path) ->
 def test_telemetry_is_switched_off_unless_the_user_decided(
     interpreter: Interpreter, given: str | None, kept: str, state: str
 ) -> None:
-    code = "import gpt2_edge.telemetry; result = os.environ[sys.argv[1]], gpt2_edge.telemetry.telemetry_state()"
+    code = """
+    import gpt2_edge
+    value = os.environ.get(sys.argv[1])
+    import gpt2_edge.telemetry
+    result = value, os.environ[sys.argv[1]], gpt2_edge.telemetry.telemetry_state()
+    """
     variables = {} if given is None else {TELEMETRY: given}
-    assert interpreter.run(code, TELEMETRY, **variables) == [kept, state]
+    assert interpreter.run(code, TELEMETRY, **variables) == [kept, kept, state]
 
 
 def test_telemetry_cannot_be_switched_off_after_onnxruntime(interpreter: Interpreter) -> None:

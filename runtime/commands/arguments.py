@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from gpt2_edge.errors import PromptError
 
@@ -31,20 +30,6 @@ def read_prompt(argument: str) -> str:
         # Python keeps bytes of an argument that are not UTF-8 as surrogates.
         return decode_utf8(argument.encode("utf-8", "surrogateescape"), "the prompt")
     return decode_utf8(sys.stdin.buffer.read(), "standard input").removesuffix("\n").removesuffix("\r")
-
-
-def read_text_file(path: str) -> str:
-    """Return the text of a file, or of standard input if it is "-".
-
-    Raises:
-        PromptError: It cannot be read or is not UTF-8.
-    """
-    if path == "-":
-        return decode_utf8(sys.stdin.buffer.read(), "standard input")
-    try:
-        return decode_utf8(Path(path).read_bytes(), path)
-    except OSError as error:
-        raise PromptError(f"cannot read {path}: {error.strerror or error}") from error
 
 
 def decode_utf8(data: bytes, name: str) -> str:
