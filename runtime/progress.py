@@ -24,7 +24,7 @@ class Progress:
         """Say what is done now."""
         if self._bar is not None:
             self._bar.set_description_str(f"{self._title}: {stage}")
-        elif not sys.stderr.isatty():
+        else:
             print(f"{self._title}: {stage}", file=sys.stderr, flush=True)
 
     def advance(self) -> None:
@@ -34,8 +34,10 @@ class Progress:
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
-            from tqdm import tqdm
-
+            try:
+                from tqdm import tqdm
+            except ImportError:  # the runtime alone does not need it: lines will do
+                return self
             self._bar = tqdm(total=self._total, desc=self._title, leave=False, bar_format="{desc} {bar:24} {elapsed}")
         return self
 
