@@ -11,7 +11,7 @@ demo: $(VENV)/.demo-installed
 	$(BIN)/python -m gpt2_edge.benchmarks.demo models/storyteller demo
 
 test: $(VENV)/.dev-installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 # Tests of what lets lm-evaluation-harness use a model, with the real harness (`make test` takes a stand-in for it).
 test-lm-eval: $(VENV)/.dev-installed

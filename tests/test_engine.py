@@ -25,7 +25,7 @@ Logits = npt.NDArray[np.float32]
 Tokens = Sequence[int]
 
 VOCABULARY: Final = 64
-PATIENCE_SECONDS: Final = 5  # for what should take no time at all
+PATIENCE_SECONDS: Final = 30  # for what should take no time at all
 
 
 # A model whose logits depend on every token, and a session that keeps tokens where the real one keeps keys and values.

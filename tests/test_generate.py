@@ -252,17 +252,16 @@ def test_ignoring_end_of_text(int8_model: Model, follow: Follow) -> None:
     assert done.text.count("<|endoftext|>") == 2
 
 
-def test_the_storyteller_really_ends_stories(int8_model: Model) -> None:
-    """Searched for, because which seed ends early differs from one processor to another."""
-    for seed in range(20):
-        for sample in int8_model.generate("\n\nTHE END\n", n=16, max_new_tokens=64, temperature=1.3, seed=seed):
-            if sample.finish_reason == "eos":
-                again = int8_model.generate(
-                    "\n\nTHE END\n", max_new_tokens=64, temperature=1.3, seed=sample.seed, ignore_eos=True
-                )
-                assert again.tokens[: len(sample.tokens) + 1] == [*sample.tokens, END_OF_TEXT]
-                return
-    pytest.fail("none of 320 samples ended")
+def test_samples_that_end_go_on_if_end_of_text_is_ignored(int8_model: Model) -> None:
+    """Nothing scripted: of 16 samples some end and some do not, once an end is made likelier."""
+    options: dict[str, Any] = {"max_new_tokens": 40, "temperature": 1.0, "logit_bias": {END_OF_TEXT: 7.0}}
+    samples = int8_model.generate("Once upon a time", n=16, seed=0, **options)
+    ended = [sample for sample in samples if sample.finish_reason == "eos"]
+    assert 0 < len(ended) < 16
+    for sample in ended[:3]:
+        longer = int8_model.generate("Once upon a time", seed=sample.seed, ignore_eos=True, **options)
+        assert longer.tokens[: len(sample.tokens) + 1] == [*sample.tokens, END_OF_TEXT]
+        assert len(longer.tokens) == 40
 
 
 def test_no_new_tokens(model: Model) -> None:

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 from hypothesis import example, given, settings
@@ -194,19 +194,17 @@ def test_any_text_comes_back(text: str) -> None:
     assert b"".join(map(TOKENIZER.token_bytes, tokens)) == text.encode()
 
 
-@FUZZ
-@given(text=st.text())
-def test_tokens_equal_those_of_transformers(text: str) -> None:
-    assert TOKENIZER.encode(text) == REFERENCE.encode(text, add_special_tokens=False)
-
-
-def reference_tokenizer():  # type: ignore[no-untyped-def]
+@pytest.fixture(scope="module")
+def reference() -> Any:
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(tokenizer_file=str(TOKENIZER_PATH))
 
 
-REFERENCE: Final = reference_tokenizer()
+@FUZZ
+@given(text=st.text())
+def test_tokens_equal_those_of_transformers(reference: Any, text: str) -> None:
+    assert TOKENIZER.encode(text) == reference.encode(text, add_special_tokens=False)
 
 
 def test_every_token_has_the_bytes_that_transformers_gives_it() -> None:
