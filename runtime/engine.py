@@ -93,13 +93,15 @@ class Engine:
     def __init__(self, session: StepSession) -> None:
         self._session = session
         self._process = os.getpid()
-        self._changed = threading.Condition()  # guards the four below; held for moments, never during a step
+        self._changed = threading.Condition()  # guards the five below; held for moments, never during a step
         self._computed_by: int | None = None  # the thread
         self._closed = False
         self._somebody_left = False
+        self._waiting_threads = 0
         self._waiting: deque[Row] = deque()
         # These belong to the thread that computes.
         self._in_receive = False
+        self._somebody_done = False
         self._prefilling: Row | None = None
         self._decoding: list[Row] = []
 
@@ -148,7 +150,11 @@ class Engine:
             while not interrupt.is_set():
                 with self._changed:
                     while not ready() and self._is_computed_by_another():
-                        self._changed.wait()
+                        self._waiting_threads += 1
+                        try:
+                            self._changed.wait()
+                        finally:
+                            self._waiting_threads -= 1
                     if ready():
                         return
                     self._remove_interrupted()
@@ -157,6 +163,8 @@ class Engine:
                     self._computed_by = me
                 try:
                     self._step()
+                    while self._is_alone() and not ready() and not interrupt.is_set():
+                        self._step()
                 finally:
                     with self._changed:
                         self._computed_by = None
@@ -167,6 +175,11 @@ class Engine:
     def _is_computed_by_another(self) -> bool:
         """Tell whether another thread computes a step; a mark of this one was left by an exception of a signal."""
         return self._computed_by not in (None, threading.get_ident())
+
+    def _is_alone(self) -> bool:
+        """Tell whether nobody else waits, joined or left, so that the next step may follow without a word."""
+        nobody_came = not (self._waiting_threads or self._waiting or self._closed)
+        return nobody_came and not self._somebody_left and not any(map(_is_interrupted, self._decoding))
 
     def close(self) -> None:
         """Fail all rows, wait for the step in progress, and release the session. May be called again."""
@@ -285,6 +298,8 @@ class Engine:
         self._in_receive = True
         try:
             row.receive(logits)
+            if row.done or row.restarts:
+                self._somebody_done = True
         except Exception as error:  # noqa: BLE001 - raised again in the thread that waits for the row
             self._fail([row], error)
         finally:
@@ -294,10 +309,13 @@ class Engine:
         for row in rows:
             row.failure = error
             row.done = True
+        self._somebody_done = True
 
     def _remove_interrupted(self) -> None:
         """Let the rows end that were interrupted; called between steps, before and after each."""
         self._somebody_left = False
+        if not self._waiting and self._prefilling is None and not any(map(_is_interrupted, self._decoding)):
+            return  # as nearly always
         interrupted = [row for row in (*self._all_rows(), *self._waiting) if row.interrupted()]
         for row in interrupted:
             if not row.done:
@@ -306,13 +324,15 @@ class Engine:
                 self._waiting.remove(row)
                 row.left = True
         if interrupted:
+            self._somebody_done = True
             self._remove_done()
             self._release_memory_if_idle()
 
     def _remove_done(self) -> None:
         """Take out the rows that are done or restart, and close the gaps: the last row moves into the free slot."""
-        if not any(row.done or row.restarts for row in self._all_rows()):
+        if not self._somebody_done:
             return
+        self._somebody_done = False
         slot_of_prefilling = len(self._decoding)
         if self._prefilling is not None and self._prefilling.done:
             self._let_go(self._prefilling, slot_of_prefilling, self._prefilling.prefilled)
@@ -345,3 +365,7 @@ class Engine:
         if row.keeps_cache and row.failure is None:
             row.final_cache = self._session.save(slot, length)
         row.left = True
+
+
+def _is_interrupted(row: Row) -> bool:
+    return row.interrupted()

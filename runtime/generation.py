@@ -76,6 +76,7 @@ class GenerationRow(Row):
         self._chooser = TokenChooser(options, seed, sorted(final_tokens), draws)
         self._assembler = TextAssembler(facts.token_bytes, options.stop)
         self._deadline = None if options.deadline_seconds is None else time.perf_counter() + options.deadline_seconds
+        self._can_be_interrupted = options.cancel is not None or self._deadline is not None
         self._texts: list[str] = []
         self._logprobs: list[TokenLogprobs] = []
         self._finish_reason: FinishReason = "cancelled"
@@ -119,7 +120,7 @@ class GenerationRow(Row):
 
     def interrupted(self) -> bool:
         """Tell whether the caller has gone, has cancelled, or has no more time."""
-        return self.abandoned or self._interruption() is not None
+        return self.abandoned or (self._can_be_interrupted and self._interruption() is not None)
 
     def end_early(self) -> None:
         """Finish with what there is."""

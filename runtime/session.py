@@ -184,12 +184,18 @@ class _DecodeStep:
         for name, value in self._bound.items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(self.logits))
+        # A few numbers are written through views faster than by numpy's assignment of arrays.
+        self._token_view = self._input_ids.reshape(rows).data
+        self._position_view = self._position_ids.reshape(rows).data
+        self._last_index_view = self._seqlens_k.data
+        self._longest_view = self._total_sequence_length.reshape(1).data
 
     def write(self, tokens: Sequence[int], lengths: Sequence[int]) -> None:
-        self._input_ids[:, 0] = tokens
-        self._position_ids[:, 0] = lengths
-        self._seqlens_k[:] = lengths  # the valid length after this step, minus 1
-        self._total_sequence_length[...] = max(lengths) + 1
+        for row, (token, length) in enumerate(zip(tokens, lengths, strict=True)):
+            self._token_view[row] = token
+            self._position_view[row] = length
+            self._last_index_view[row] = length  # the valid length after this step, minus 1
+        self._longest_view[0] = max(lengths) + 1
 
 
 def _create_session(folder: ModelFolder, threads: int) -> Any:
