@@ -59,9 +59,12 @@ def quantize_folder(source: Path, destination: Path, recipe: Recipe) -> Manifest
     with Progress("quantize", total=matrices + 2) as progress:
         progress.start(f"rounding the matrices ({recipe.name})")
         model = onnx_ir.load(opened.graph_path)
-        replaced = quantize_matrices(
-            model, recipe, lambda matrix: round_to_nearest(matrix, recipe.block_size), progress.advance
-        )
+        try:
+            replaced = quantize_matrices(
+                model, recipe, lambda matrix: round_to_nearest(matrix, recipe.block_size), progress.advance
+            )
+        except ValueError as error:  # onnx refuses weights that are linked to from elsewhere, for example
+            raise QuantizationError(f"cannot read the weights of {source}: {error}; copy the folder first") from error
         quantized = len(set(replaced))
         # The tracer keeps small matrices that are equal as one, so there may be fewer than the blocks have.
         if len(replaced) != uses or quantized > matrices:

@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
@@ -83,6 +84,14 @@ class Row(ABC):
         self.done = True
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Waiter:
+    """A thread that waits for another to compute."""
+
+    ready: Callable[[], object]
+    condition: threading.Condition
+
+
 class Engine:
     """Computes rows, a step at a time, on the threads of those who wait for them.
 
@@ -93,11 +102,11 @@ class Engine:
     def __init__(self, session: StepSession) -> None:
         self._session = session
         self._process = os.getpid()
-        self._changed = threading.Condition()  # guards the five below; held for moments, never during a step
+        self._lock = threading.RLock()  # guards the five below; held for moments, never during a step
         self._computed_by: int | None = None  # the thread
         self._closed = False
         self._somebody_left = False
-        self._waiting_threads = 0
+        self._waiters: list[_Waiter] = []
         self._waiting: deque[Row] = deque()
         # These belong to the thread that computes.
         self._in_receive = False
@@ -116,7 +125,7 @@ class Engine:
                 "the model was loaded before this process was forked, and its threads are not here: "
                 "load it again in this process"
             )
-        with self._changed:
+        with self._lock:
             if self._closed:
                 raise ModelClosedError("the model is closed: load it again")
             for row in rows:
@@ -128,7 +137,7 @@ class Engine:
         for row in rows:
             row.abandoned = True
         if os.getpid() == self._process:
-            with self._changed:
+            with self._lock:
                 self._somebody_left = True
                 if self._computed_by is None:
                     self._remove_interrupted()
@@ -147,45 +156,61 @@ class Engine:
         if self._computed_by == me and self._in_receive:
             raise OptionError("a logits_processor was about to use the model that waits for it: use another model")
         with deferred_interrupt() as interrupt:
-            while not interrupt.is_set():
-                with self._changed:
-                    while not ready() and self._is_computed_by_another():
-                        self._waiting_threads += 1
-                        try:
-                            self._changed.wait()
-                        finally:
-                            self._waiting_threads -= 1
-                    if ready():
-                        return
-                    self._remove_interrupted()
-                    if self._waiting and self._prefilling is None:
-                        self._admit()
-                    self._computed_by = me
-                try:
+            with self._lock:
+                while not ready() and self._is_computed_by_another():
+                    self._wait_for(ready)
+                if ready():
+                    return
+                self._computed_by = me
+            try:
+                while not ready() and not interrupt.is_set():
+                    self._prepare_step()
                     self._step()
-                    while self._is_alone() and not ready() and not interrupt.is_set():
-                        self._step()
-                finally:
-                    with self._changed:
-                        self._computed_by = None
-                        if self._somebody_left:
-                            self._remove_interrupted()
-                        self._changed.notify_all()
+                    if self._waiters or self._somebody_left:
+                        self._tell_others()
+            finally:
+                with self._lock:
+                    self._computed_by = None
+                    self._tell_others()
+                    if self._waiters:
+                        self._waiters[0].condition.notify()  # to go on in place of this thread
+
+    def _wait_for(self, ready: Callable[[], object]) -> None:
+        """Wait, with the lock held, until the computing thread finds `ready()` true or stops computing."""
+        waiter = _Waiter(ready, threading.Condition(self._lock))
+        self._waiters.append(waiter)
+        try:
+            waiter.condition.wait()
+        finally:
+            self._waiters.remove(waiter)
+
+    def _tell_others(self) -> None:
+        """Wake the threads that have what they wait for; others would only take time from those that compute."""
+        with self._lock:
+            if self._somebody_left:
+                self._remove_interrupted()
+            for waiter in self._waiters:
+                if waiter.ready():
+                    waiter.condition.notify()
+
+    def _prepare_step(self) -> None:
+        nothing_new = not self._waiting and not self._somebody_left and self._prefilling is None
+        if nothing_new and not any(map(_is_interrupted, self._decoding)):
+            return  # as nearly always
+        with self._lock:
+            self._remove_interrupted()
+            if self._waiting and self._prefilling is None:
+                self._admit()
 
     def _is_computed_by_another(self) -> bool:
         """Tell whether another thread computes a step; a mark of this one was left by an exception of a signal."""
         return self._computed_by not in (None, threading.get_ident())
 
-    def _is_alone(self) -> bool:
-        """Tell whether nobody else waits, joined or left, so that the next step may follow without a word."""
-        nobody_came = not (self._waiting_threads or self._waiting or self._closed)
-        return nobody_came and not self._somebody_left and not any(map(_is_interrupted, self._decoding))
-
     def close(self) -> None:
         """Fail all rows, wait for the step in progress, and release the session. May be called again."""
         if os.getpid() != self._process:
             return
-        with self._changed:
+        with self._lock:
             if self._closed:
                 return
             self._closed = True
@@ -193,13 +218,13 @@ class Engine:
             self._fail(rows, ModelClosedError("the model was closed meanwhile"))
             for row in rows:
                 row.abandoned = True  # ends a prefill that is going on
-            self._changed.wait_for(lambda: not self._is_computed_by_another())
+            while self._is_computed_by_another():
+                self._wait_for(lambda: not self._is_computed_by_another())
             for row in rows:
                 row.left = True
             self._prefilling, self._decoding = None, []
             self._waiting.clear()
             self._session.close()
-            self._changed.notify_all()
 
     def _all_rows(self) -> list[Row]:
         return [*self._decoding, *([self._prefilling] if self._prefilling else [])]
@@ -259,7 +284,7 @@ class Engine:
         """Take the waiting rows that share the leader's prompt, as many as there are free slots."""
         if leader.prompt_group is None:
             return []
-        with self._changed:
+        with self._lock:
             followers = [row for row in self._waiting if row.prompt_group is leader.prompt_group and not row.prefilled]
             del followers[self._session.slots - len(self._decoding) - 1 :]
             self._waiting = deque(row for row in self._waiting if row not in followers)
@@ -314,8 +339,6 @@ class Engine:
     def _remove_interrupted(self) -> None:
         """Let the rows end that were interrupted; called between steps, before and after each."""
         self._somebody_left = False
-        if not self._waiting and self._prefilling is None and not any(map(_is_interrupted, self._decoding)):
-            return  # as nearly always
         interrupted = [row for row in (*self._all_rows(), *self._waiting) if row.interrupted()]
         for row in interrupted:
             if not row.done:
@@ -353,7 +376,7 @@ class Engine:
             self._session.copy_slot(slot_of_prefilling, len(remaining), self._prefilling.prefilled)
         for row in restarting:
             row.restarts, row.prefilled, row.prompt_group = False, 0, None
-        with self._changed:
+        with self._lock:
             self._waiting.extendleft(reversed(restarting))
             self._release_memory_if_idle()
 

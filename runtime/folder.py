@@ -79,7 +79,10 @@ def file_sha256(path: Path) -> str:
 
 
 def _open(folder: str | Path) -> ModelFolder:
-    path = _bundled_path(str(folder)) if str(folder) in BUNDLED_MODELS else Path(folder)
+    if not isinstance(folder, str | Path):
+        raise ModelFolderError(f"a model folder is a path or a name, not {folder!r}")
+    # A `Path` is always meant as a path: that of "./storyteller" has lost its "./".
+    path = _bundled_path(folder) if isinstance(folder, str) and folder in BUNDLED_MODELS else Path(folder)
     manifest_path = path / MANIFEST_NAME
     if not path.exists():
         raise ModelFolderError(

@@ -19,6 +19,7 @@ MANIFEST_LIMIT_BYTES: Final = 1_000_000
 PRECISIONS: Final = ("fp32", "int8")
 FLAVOURS: Final = ("fused",)
 
+_MOST_LAYERS: Final = 10_000  # of which the inputs of the graph are named one by one
 _PLAIN_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -127,7 +128,7 @@ def parse_manifest(text: str) -> Manifest:
     architecture = fields.object("architecture")
     manifest = Manifest(
         architecture=Architecture(
-            layers=architecture.integer("layers", minimum=1),
+            layers=architecture.integer("layers", minimum=1, maximum=_MOST_LAYERS),
             heads=architecture.integer("heads", minimum=1),
             head_size=architecture.integer("head_size", minimum=1),
             width=architecture.integer("width", minimum=1),
@@ -180,12 +181,12 @@ class _Fields:
     def _refuse(self, name: str, value: object, expected: str) -> ModelFolderError:
         return ModelFolderError(f"{self._where}: {name} is {_describe(value)}, expected {expected}")
 
-    def integer(self, name: str, minimum: int | None = None) -> int:
+    def integer(self, name: str, minimum: int | None = None, maximum: int = 2**40) -> int:
         value = self._get(name)
         if not isinstance(value, int) or isinstance(value, bool):
             raise self._refuse(name, value, "an integer")
-        if minimum is not None and value < minimum:
-            raise self._refuse(name, value, f"at least {minimum}")
+        if minimum is not None and not minimum <= value <= maximum:
+            raise self._refuse(name, value, f"{minimum} to {maximum}")
         return value
 
     def optional_integer(self, name: str) -> int | None:

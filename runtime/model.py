@@ -1,6 +1,5 @@
 """The facade: load a model folder, generate, stream, look at the next token, score."""
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +27,7 @@ from gpt2_edge.tokenizer import Tokenizer
 PromptList = list[str] | list[list[int]] | list[str | list[int]]
 
 DEVICES: Final = ("cpu", "auto")
+_MAXIMUM_THREADS: Final = 1024  # ONNX Runtime takes any number, and a process that asks for a million dies
 
 
 def load(
@@ -52,8 +52,8 @@ def load(
         raise OptionError(f"device is {device!r}: this release runs on {' or '.join(map(repr, DEVICES))}")
     if threads is None:
         threads = usable_cores()
-    elif not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
-        raise OptionError(f"threads is {threads!r}: give an integer, 1 or more")
+    elif not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= _MAXIMUM_THREADS:
+        raise OptionError(f"threads is {threads!r}: give an integer from 1 to {_MAXIMUM_THREADS}")
     opened = open_folder(folder)
     if verify_hashes:
         opened.check_hashes()
@@ -144,6 +144,8 @@ class Model:
 
         Cancelling the task stops the generation.
         """
+        import asyncio  # here, because most programs have no use for it
+
         (row,) = self._generation_rows(prompt, None, options)
         try:
             await asyncio.to_thread(self._core.run, [row])
@@ -156,6 +158,8 @@ class Model:
 
         Cancelling the task, or leaving the loop and closing the iterator, stops the generation.
         """
+        import asyncio
+
         with self.stream(prompt, **options) as stream:
             while (piece := await asyncio.to_thread(next, stream, None)) is not None:
                 yield piece

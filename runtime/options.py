@@ -2,10 +2,10 @@
 
 import difflib
 import math
-import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -136,6 +136,9 @@ class GenerationOptions:
             raise OptionError(f"logits_processor is {self.logits_processor!r}: give a function of tokens and logits")
         if self.cancel is not None and not isinstance(self.cancel, threading.Event):
             raise OptionError(f"cancel is {self.cancel!r}: give a threading.Event")
+        for name in ("max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", "keep_tokens", "seed"):
+            if getattr(self, name) is not None:  # numpy's integers are taken too, and do not become JSON
+                object.__setattr__(self, name, int(getattr(self, name)))
         # Kept as what cannot be changed any more.
         object.__setattr__(self, "stop", _texts("stop", self.stop))
         for name in ("banned_tokens", "stop_tokens"):
@@ -169,17 +172,20 @@ def make_options(keywords: OptionKeywords) -> GenerationOptions:
 def _check_integer(name: str, value: Any, minimum: int, maximum: int | None) -> None:
     allowed = f"an integer, {minimum} or more" if maximum is None else f"an integer from {minimum} to {maximum}"
     # bool is an int in Python, and True tokens is surely a mistake
-    if not isinstance(value, int) or isinstance(value, bool):
+    if not isinstance(value, Integral) or isinstance(value, bool):
         raise OptionError(f"{name} is {value!r}: give {allowed}")
     if value < minimum or (maximum is not None and value > maximum):
         raise OptionError(f"{name} is {value}: give {allowed}")
 
 
 def _check_number(name: str, value: Any, minimum: float, maximum: float, allowed: str) -> None:
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if not isinstance(value, Real) or isinstance(value, bool):
         raise OptionError(f"{name} is {value!r}: give {allowed}")
-    # An integer can be too large for a float; it is not finite then, as far as we are concerned.
-    if not (minimum <= value <= maximum and abs(value) <= sys.float_info.max):
+    try:
+        number = float(value)
+    except OverflowError:  # an integer can be too large for a float
+        number = math.inf
+    if not (minimum <= number <= maximum and math.isfinite(number)):
         raise OptionError(f"{name} is {value}: give {allowed}")
 
 

@@ -87,7 +87,7 @@ def test_invalid_utf8_is_one_line_that_says_where(storyteller_int8: Path) -> Non
         (["--max-new-tokens", "-1"], "max_new_tokens is -1: give an integer, 0 or more"),
         (["--seed", "-1"], "seed is -1: give an integer from 0 to 18446744073709551615"),
         (["-n", "0"], "n is 0: give an integer, 1 or more"),
-        (["--threads", "0"], "threads is 0: give an integer, 1 or more"),
+        (["--threads", "0"], "threads is 0: give an integer from 1 to 1024"),
         (["--device", "cuda"], "device is 'cuda': this release runs on 'cpu' or 'auto'"),
     ],
 )

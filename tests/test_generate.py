@@ -585,7 +585,10 @@ def test_a_bad_number_of_next_tokens(int8_model: Model, value: Any) -> None:
 @pytest.mark.parametrize(
     ("keyword", "value", "message"),
     [
-        *(("threads", value, f"threads is {value!r}: give an integer, 1 or more") for value in (0, -1, 1.5, True, "2")),
+        *(
+            ("threads", value, f"threads is {value!r}: give an integer from 1 to 1024")
+            for value in (0, -1, 1.5, True, "2")
+        ),
         *(("device", value, f"device is {value!r}: ") for value in ("cuda", "gpu", "", None, 0)),
     ],
 )
