@@ -174,7 +174,8 @@ def _check_integer(name: str, value: Any, minimum: int, maximum: int | None) -> 
     # bool is an int in Python, and True tokens is surely a mistake
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise OptionError(f"{name} is {value!r}: give {allowed}")
-    if value < minimum or (maximum is not None and value > maximum):
+    number = int(value)
+    if number < minimum or (maximum is not None and number > maximum):
         raise OptionError(f"{name} is {value}: give {allowed}")
 
 
