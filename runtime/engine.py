@@ -160,6 +160,7 @@ class Engine:
                 while not ready() and self._is_computed_by_another():
                     self._wait_for(ready)
                 if ready():
+                    self._pass_on()
                     return
                 self._computed_by = me
             try:
@@ -172,8 +173,7 @@ class Engine:
                 with self._lock:
                     self._computed_by = None
                     self._tell_others()
-                    if self._waiters:
-                        self._waiters[0].condition.notify()  # to go on in place of this thread
+                    self._pass_on()
 
     def _wait_for(self, ready: Callable[[], object]) -> None:
         """Wait, with the lock held, until the computing thread finds `ready()` true or stops computing."""
@@ -183,6 +183,13 @@ class Engine:
             waiter.condition.wait()
         finally:
             self._waiters.remove(waiter)
+
+    def _pass_on(self) -> None:
+        """Let a thread that still waits for something compute, if nobody does any more."""
+        if self._computed_by is None:
+            unfinished = next((waiter for waiter in self._waiters if not waiter.ready()), None)
+            if unfinished is not None:
+                unfinished.condition.notify()
 
     def _tell_others(self) -> None:
         """Wake the threads that have what they wait for; others would only take time from those that compute."""

@@ -1,5 +1,7 @@
 """The keys and values of all tokens so far, for a few sequences side by side."""
 
+import math
+import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -47,9 +49,7 @@ class KVCache:
     def __init__(self, architecture: Architecture, slots: int) -> None:
         shape = (slots, architecture.heads, architecture.context_length, architecture.head_size)
         self.slots = slots
-        self._buffers: list[npt.NDArray[np.float32]] = [
-            np.zeros(shape, np.float32) for _ in range(2 * architecture.layers)
-        ]
+        self._buffers = [_untouched_zeros(shape) for _ in range(2 * architecture.layers)]
 
     def views(self, first_slot: int, slots: int) -> KeyValueViews:
         """Return ONNX Runtime values over the memory of some consecutive slots."""
@@ -75,3 +75,22 @@ class KVCache:
         """Put the first `length` tokens of a saved sequence into a slot."""
         for buffer, saved in zip(self._buffers, sequence.arrays, strict=True):
             buffer[slot, :, :length] = saved[:, :length]
+
+
+def _untouched_zeros(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+    """Return zeros in memory of its own, of which the system provides small pages as they are written.
+
+    `np.zeros` asks for huge pages where an array is large. With these the first tokens of a sequence, which lie in all
+    heads, would fill the memory of the whole context.
+
+    Raises:
+        MemoryError: There is not so much.
+    """
+    size_bytes = 4 * math.prod(shape)
+    try:
+        memory = mmap.mmap(-1, size_bytes)
+    except (OSError, OverflowError) as error:
+        raise MemoryError(f"the system has no {size_bytes:,} bytes for a part of the KV cache") from error
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(memory, np.float32).reshape(shape)
