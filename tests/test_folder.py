@@ -621,4 +621,5 @@ def test_an_onnxruntime_that_is_new_enough_is_accepted(
 ) -> None:
     reseal(model_copy, minimum_onnxruntime=needed)
     monkeypatch.setattr(onnxruntime, "__version__", installed)
-    gpt2_edge.load(model_copy).close()
+    with gpt2_edge.load(model_copy) as model:
+        assert model.generate("Once", max_new_tokens=1).finish_reason == "length"
