@@ -16,10 +16,11 @@ from gpt2_edge.errors import ModelFolderError
 FORMAT_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_LIMIT_BYTES: Final = 1_000_000
-PRECISIONS: Final = ("fp32", "int8")
-FLAVOURS: Final = ("fused",)
+PRECISIONS: Final = ("fp32", "fp16", "int8", "int4")
+FLAVOURS: Final = ("fused", "standard")
 
 _MOST_LAYERS: Final = 10_000  # of which the inputs of the graph are named one by one
+_MOST_FILES: Final = 100  # all are open at the same time
 _PLAIN_FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -66,10 +67,12 @@ class Manifest:
 
     Attributes:
         architecture: The shape of the model.
-        flavour: "fused": attention is `GroupQueryAttention` over a KV cache that is updated in place.
-        precision: "fp32" or "int8".
+        flavour: "fused": attention is `GroupQueryAttention` over a KV cache that is updated in place. "standard": as
+            optimum makes it, keys and values go in and come out longer.
+        precision: "fp32", "fp16", "int8" or "int4".
         recipe: How the weights were quantized, as the quantizer recorded it; None if they were not.
-        graphs: File name of the ONNX graph for each role; the role "decoder" is always there.
+        graphs: File name of the ONNX graph for each role; the role "decoder" is always there. "decoder_cuda" computes
+            the same from the same weights on a GPU, where the decoder itself cannot.
         end_of_text: Token id that ends a text and that an empty prompt starts from; None if the model has none.
         source: Where the weights came from: name, revision and SHA-256.
         tools: Versions of the programs that made the folder.
@@ -115,7 +118,7 @@ def parse_manifest(text: str) -> Manifest:
             field at fault.
     """
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:
         raise ModelFolderError(f"{MANIFEST_NAME} is not JSON: {error}") from error
     fields = _Fields(document, MANIFEST_NAME)
@@ -162,6 +165,14 @@ def parse_manifest(text: str) -> Manifest:
             f"{MANIFEST_NAME}: end_of_text is {end_of_text}, the vocabulary has tokens 0 to {vocabulary_size - 1}"
         )
     return manifest
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse an object with a name twice, of which other readers may take the other one."""
+    fields = dict(pairs)
+    if len(fields) != len(pairs):
+        raise ValueError("an object has a name twice")
+    return fields
 
 
 class _Fields:
@@ -212,7 +223,7 @@ class _Fields:
 
     def version(self, name: str) -> str:
         value = self.string(name)
-        if re.fullmatch(r"\d{1,6}(\.\d{1,6}){0,3}", value) is None:
+        if re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6}){0,3}", value) is None:
             raise self._refuse(name, value, 'a version such as "1.31"')
         return value
 
@@ -242,6 +253,8 @@ class _Fields:
         value = self._get(name)
         if not isinstance(value, list):
             raise self._refuse(name, value, "a list")
+        if len(value) > _MOST_FILES:
+            raise ModelFolderError(f"{self._where}: {name} lists {len(value)} files, expected at most {_MOST_FILES}")
         entries = []
         for index, item in enumerate(value):
             entry = _Fields(item, f"{self._where}: {name}[{index}]")

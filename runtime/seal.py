@@ -1,4 +1,4 @@
-"""Write a folder so that it appears whole or not at all.
+"""Write a folder, or a file, so that it appears whole or not at all.
 
 Everything is written to a temporary folder beside the final one, on the same file system, flushed to the disk, and
 renamed when it is complete. A process that is killed leaves only a temporary folder, whose name says what it is and
@@ -8,18 +8,20 @@ that the next run to the same place removes.
 import errno
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from gpt2_edge.errors import ModelFolderError
 from gpt2_edge.folder import file_sha256
 from gpt2_edge.manifest import MANIFEST_NAME, FileEntry, Manifest
+from gpt2_edge.pack_format import SIGNATURE_NAME
 
 _WINDOWS: Final = sys.platform == "win32"
 if not _WINDOWS:
@@ -43,17 +45,38 @@ def new_folder(destination: Path) -> Iterator[Path]:
         ModelFolderError: The destination exists, cannot be written, or the disk is full.
     """
     check_destination(destination)
+    with _parents_of(destination), _temporary_folder(destination) as temporary:
+        yield temporary
+
+
+@contextmanager
+def _parents_of(destination: Path) -> Iterator[None]:
+    """Make the folders above a destination; remove those that were made if nothing comes into them."""
+    missing = [parent for parent in destination.parents if not parent.exists()]
     try:
-        destination.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(destination, error) from error
+        yield
+    finally:
+        for parent in missing:
+            with suppress(OSError):  # it is not empty, or was never made
+                parent.rmdir()
+
+
+@contextmanager
+def _temporary_folder(destination: Path) -> Iterator[Path]:
+    try:
         _remove_abandoned(destination)
         temporary, lock = _make_temporary(destination)
     except OSError as error:
         raise _cannot_write(destination, error) from error
     try:
         yield temporary
+        _make_as_open_as_any_new_folder(temporary)
         for file in temporary.iterdir():
             _flush(file)
-        temporary.chmod(0o755)  # mkdtemp makes it private
         _flush(temporary)
         _rename(temporary, destination)
         _flush(destination.parent)
@@ -63,6 +86,14 @@ def new_folder(destination: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)  # nothing is there any more if it was renamed
         if lock is not None:
             os.close(lock)
+
+
+def _make_as_open_as_any_new_folder(private: Path) -> None:
+    """Give a folder of mkdtemp, which only its owner may enter, the mode that the umask gives to new folders."""
+    ordinary = private / "mode"
+    ordinary.mkdir()
+    private.chmod(stat.S_IMODE(ordinary.stat().st_mode))
+    ordinary.rmdir()
 
 
 def check_destination(destination: Path) -> None:
@@ -93,7 +124,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     files = tuple(
         FileEntry(file.name, file.stat().st_size, file_sha256(file))
         for file in sorted(folder.iterdir())
-        if file.name != MANIFEST_NAME
+        if file.name not in (MANIFEST_NAME, SIGNATURE_NAME)
     )
     manifest = replace(manifest, files=files)
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8", newline="\n")
@@ -106,16 +137,43 @@ def write_file(path: Path, parts: Iterable[bytes]) -> None:
     Raises:
         OSError: It cannot be written; what was there before still is.
     """
-    descriptor, temporary = tempfile.mkstemp(prefix=_temporary_prefix(path), dir=path.parent)
+    with _temporary_file(path) as file:
+        file.writelines(parts)
+
+
+@contextmanager
+def new_file(destination: Path) -> Iterator[BinaryIO]:
+    """Give a temporary file to fill; rename it to `destination` when the block ends without an error.
+
+    Args:
+        destination: Checked by `check_new_file` before; a file that another process made meanwhile is replaced.
+
+    Yields:
+        The temporary file.
+
+    Raises:
+        ModelFolderError: The destination cannot be written, or the disk is full.
+    """
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary_file(destination) as file:
+            yield file
+            if not _WINDOWS:
+                os.fchmod(file.fileno(), 0o644)  # mkstemp makes it private
+        _flush(destination.parent)
+    except OSError as error:
+        raise _cannot_write(destination, error) from error
+
+
+def check_new_file(destination: Path) -> None:
+    """Refuse a destination that cannot become a new file, before long work starts.
+
+    Raises:
+        ModelFolderError: It exists, or its parent is not a folder.
+    """
+    if destination.is_dir():
+        raise ModelFolderError(f"{destination} is a folder: give the name of a new file, such as {destination}.gpt2")
+    check_destination(destination)
 
 
 def _temporary_prefix(destination: Path) -> str:
@@ -129,10 +187,32 @@ def _cannot_write(destination: Path, error: OSError) -> ModelFolderError:
     return ModelFolderError(f"cannot write {destination}: {error.strerror or error}{hint}")
 
 
-def _make_temporary(destination: Path) -> tuple[Path, int | None]:
-    """Make the temporary folder and lock it for as long as this process lives; Windows has no locks on folders."""
+@contextmanager
+def _temporary_file(destination: Path) -> Iterator[BinaryIO]:
+    """Give a temporary file beside `destination`, and rename it when the block ends without an error."""
+    _remove_abandoned(destination)
+    temporary, lock = _make_temporary(destination, is_folder=False)
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(destination)
+    finally:
+        temporary.unlink(missing_ok=True)  # nothing is there any more if it was renamed
+        if lock is not None:
+            os.close(lock)
+
+
+def _make_temporary(destination: Path, *, is_folder: bool = True) -> tuple[Path, int | None]:
+    """Make a temporary folder or file and lock it for as long as this process lives; Windows has no such locks."""
     while True:
-        temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(destination), dir=destination.parent))
+        if is_folder:
+            temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(destination), dir=destination.parent))
+        else:
+            descriptor, name = tempfile.mkstemp(prefix=_temporary_prefix(destination), dir=destination.parent)
+            os.close(descriptor)
+            temporary = Path(name)
         if _WINDOWS:
             return temporary, None
         # Before it is locked, another run may take it for abandoned. That run holds the lock while it removes it.
@@ -148,13 +228,22 @@ def _remove_abandoned(destination: Path) -> None:
     prefix = _temporary_prefix(destination)
     for leftover in [path for path in destination.parent.iterdir() if path.name.startswith(prefix)]:
         if _WINDOWS:
-            if time.time() - leftover.stat().st_mtime > _WINDOWS_ABANDONED_AFTER_SECONDS:
-                shutil.rmtree(leftover, ignore_errors=True)
+            with suppress(FileNotFoundError):
+                if time.time() - leftover.stat().st_mtime > _WINDOWS_ABANDONED_AFTER_SECONDS:
+                    _remove(leftover)
             continue
         lock = _lock(leftover, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if lock is not None:
-            shutil.rmtree(leftover, ignore_errors=True)
+            _remove(leftover)
             os.close(lock)
+
+
+def _remove(leftover: Path) -> None:
+    if leftover.is_dir() and not leftover.is_symlink():
+        shutil.rmtree(leftover, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            leftover.unlink()
 
 
 def _lock(folder: Path, operation: int) -> int | None:

@@ -1,12 +1,12 @@
 """Text to token ids, and token ids back to bytes."""
 
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Final
 
 from tokenizers import Tokenizer as HuggingFaceTokenizer
 
 from gpt2_edge.errors import ModelFolderError, PromptError
+from gpt2_edge.file_content import FileContent
 
 _SIZE_LIMIT_BYTES: Final = 64_000_000
 
@@ -15,19 +15,19 @@ class Tokenizer:
     """A byte-level BPE tokenizer, as every GPT-2 has.
 
     Args:
-        path: A `tokenizer.json`.
+        content: A `tokenizer.json`.
 
     Raises:
         ModelFolderError: The file is not a tokenizer.
     """
 
-    def __init__(self, path: Path) -> None:
-        if path.stat().st_size > _SIZE_LIMIT_BYTES:
-            raise ModelFolderError(f"{path} is larger than {_SIZE_LIMIT_BYTES:,} bytes: not a tokenizer")
+    def __init__(self, content: FileContent) -> None:
+        if content.size_bytes > _SIZE_LIMIT_BYTES:
+            raise ModelFolderError(f"{content.path} is larger than {_SIZE_LIMIT_BYTES:,} bytes: not a tokenizer")
         try:
-            self._tokenizer = HuggingFaceTokenizer.from_file(str(path))
+            self._tokenizer = HuggingFaceTokenizer.from_str(content.read().decode("utf-8"))
         except Exception as error:  # the library raises plain Exception for a bad file
-            raise ModelFolderError(f"{path} is not a tokenizer: {error}") from error
+            raise ModelFolderError(f"{content.path} is not a tokenizer: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._added: dict[int, bytes] = {

@@ -10,11 +10,12 @@ from typing import Any, Final
 import onnx
 import onnxruntime
 import pytest
+from model_folders import changed, edit_graph, reseal
 from onnx import TensorProto, helper
 
 import gpt2_edge
 from gpt2_edge.errors import ModelFolderError
-from gpt2_edge.folder import BUNDLED_MODELS, file_sha256, open_folder
+from gpt2_edge.folder import BUNDLED_MODELS, open_folder
 from gpt2_edge.manifest import MANIFEST_LIMIT_BYTES, MANIFEST_NAME, parse_manifest
 
 Json = Any
@@ -53,16 +54,6 @@ def valid_document() -> dict[str, Json]:
 
 def parse(document: Json) -> Any:
     return parse_manifest(json.dumps(document))
-
-
-def changed(document: dict[str, Json], path: str, value: Json) -> dict[str, Json]:
-    """Replace the field at a path such as `files.0.name`."""
-    *parents, last = path.split(".")
-    place: Json = document
-    for part in parents:
-        place = place[int(part)] if part.isdigit() else place[part]
-    place[int(last) if last.isdigit() else last] = value
-    return document
 
 
 def removed(document: dict[str, Json], path: str) -> dict[str, Json]:
@@ -146,7 +137,7 @@ def test_a_field_of_a_wrong_type_is_named(field: str, value: Json) -> None:
     [
         *((field, value) for field in INTEGERS[1:-1] for value in (0, -1)),
         ("files.0.size_bytes", -1),
-        ("flavour", "standard"),
+        ("flavour", "eager"),
         ("precision", "FP32"),
         ("end_of_text", -1),
         ("end_of_text", 100),
@@ -248,21 +239,6 @@ def folder(tmp_path: Path) -> Path:
     (folder / "tokenizer.json").write_bytes(b"{}")
     reseal(folder, valid_document())
     return folder
-
-
-def reseal(folder: Path, document: dict[str, Json] | None = None, **changes: Json) -> None:
-    """Write the manifest anew, with the files that are there."""
-    manifest = folder / MANIFEST_NAME
-    document = document or json.loads(manifest.read_text(encoding="utf-8"))
-    names = sorted(path.name for path in folder.iterdir() if path.name != MANIFEST_NAME)
-    document["files"] = [
-        {"name": name, "size_bytes": (folder / name).stat().st_size, "sha256": file_sha256(folder / name)}
-        for name in names
-    ]
-    for field, value in changes.items():
-        changed(document, field.replace("__", "."), value)
-    manifest.unlink(missing_ok=True)
-    manifest.write_text(json.dumps(document), encoding="utf-8")
 
 
 @pytest.fixture
@@ -452,14 +428,6 @@ def test_a_bundled_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> N
 # The graph.
 
 
-def edit_graph(folder: Path, edit: Callable[[onnx.GraphProto], None]) -> None:
-    """Change the graph and seal the folder again, as somebody who means harm would."""
-    model = onnx.load(folder / "model.onnx", load_external_data=False)
-    edit(model.graph)
-    onnx.save(model, folder / "model.onnx")
-    reseal(folder)
-
-
 def value_named(values: Iterator[onnx.ValueInfoProto], name: str) -> onnx.ValueInfoProto:
     return next(value for value in values if value.name == name)
 
@@ -537,7 +505,9 @@ def test_a_graph_with_another_signature_is_refused(
         ("layers", 7, r"past_key_values\.6\.key is missing"),
         ("heads", 8, r"past_key_values\.0\.key is .*4.*expected .*8"),
         ("head_size", 32, r"past_key_values\.0\.key is .*64.*expected .*32"),
-        ("vocabulary_size", 8200, r"logits is .*8192.*expected .*8200"),
+        ("vocabulary_size", 8100, r"logits is .*8192.*expected .*8100"),
+        ("vocabulary_size", 8200, "embeddings for 8192 tokens, the manifest has vocabulary_size 8200"),
+        ("context_length", 513, "embeddings for 512 positions, the manifest has context_length 513"),
     ],
 )
 def test_a_manifest_that_describes_another_graph_is_refused(
@@ -548,7 +518,7 @@ def test_a_manifest_that_describes_another_graph_is_refused(
         gpt2_edge.load(model_copy)
 
 
-def test_a_context_that_no_memory_holds_is_refused(model_copy: Path) -> None:
+def test_a_context_that_the_graph_does_not_have_is_refused(model_copy: Path) -> None:
     reseal(model_copy, architecture__context_length=10**12)
     with pytest.raises(ModelFolderError, match="context_length"):
         gpt2_edge.load(model_copy)

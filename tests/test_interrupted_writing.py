@@ -1,0 +1,133 @@
+"""What a kill, a full disk or a folder that cannot be written to leaves behind: nothing that is half made.
+
+`tests/kill_exports.py` kills at random moments, as often as one likes; here it is at each flush to the disk.
+"""
+
+import os
+import signal
+import stat
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from gpt2_edge.errors import ModelFolderError
+
+if sys.platform == "win32":
+    pytest.skip("Windows has neither fork nor these signals", allow_module_level=True)
+
+import resource
+
+import kill_exports
+
+pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+
+WRITERS: Final = {
+    "seal": (kill_exports.seal, "model"),
+    "pack": (kill_exports.pack, "model.gpt2"),
+    "unpack": (kill_exports.unpack, "model"),
+    "replace": (kill_exports.replace_a_file, "file"),
+}
+REFUSED: Final = 5
+
+
+def in_a_child(work: Callable[[], object]) -> int:
+    """Run something in a process of its own and return its wait status; `REFUSED` if it raised `ModelFolderError`."""
+    process = os.fork()
+    if process == 0:
+        status = 1
+        try:
+            work()
+            status = 0
+        except ModelFolderError as error:
+            status = REFUSED if "\n" not in str(error) else 1
+        finally:
+            os._exit(status)
+    return os.waitpid(process, 0)[1]
+
+
+def killed_at_flush(write: Callable[[Path], object], destination: Path, number: int) -> Callable[[], None]:
+    """Return a run of a writer that kills itself instead of the given flush."""
+
+    def work() -> None:
+        flush, flushes = os.fsync, iter(range(1000))
+
+        def flush_or_die(descriptor: int) -> None:
+            if next(flushes) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            flush(descriptor)
+
+        os.fsync = flush_or_die
+        write(destination)
+
+    return work
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_kill_at_each_flush(name: str, tmp_path: Path) -> None:
+    write, file_name = WRITERS[name]
+    destination = tmp_path / "place" / file_name
+    destination.parent.mkdir()
+    kills = 0
+    while os.WIFSIGNALED(in_a_child(killed_at_flush(write, destination, kills))):
+        left = [path.name for path in destination.parent.iterdir() if path != destination]
+        assert all(path.startswith(f".{file_name}.making-") for path in left)
+        kill_exports.is_whole(destination)
+        kill_exports._remove(destination)
+        kills += 1
+    assert kills >= 1
+    assert kill_exports.is_whole(destination)
+    assert [path.name for path in destination.parent.iterdir()] == [file_name]
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("limit_bytes", [0, 1000, 3_000_000])
+def test_no_room_for_a_file(name: str, limit_bytes: int, tmp_path: Path) -> None:
+    write, file_name = WRITERS[name]
+
+    def work() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # a write beyond the limit then fails as on a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+        write(tmp_path / file_name)
+
+    assert os.WEXITSTATUS(in_a_child(work)) == REFUSED
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="the superuser writes anywhere")
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_folder_that_cannot_be_written_to(name: str, tmp_path: Path) -> None:
+    write, file_name = WRITERS[name]
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        with pytest.raises(ModelFolderError, match="cannot write"):
+            write(tmp_path / file_name)
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        tmp_path.chmod(stat.S_IRWXU)
+
+
+@pytest.mark.parametrize("name", ["seal", "pack", "unpack"])
+def test_two_processes_write_to_one_place(name: str, tmp_path: Path) -> None:
+    """One of them wins, or both wrote the same."""
+    write, file_name = WRITERS[name]
+    processes = []
+    for _ in range(2):
+        process = os.fork()
+        if process == 0:
+            status = 1
+            try:
+                write(tmp_path / file_name)
+                status = 0
+            except ModelFolderError:
+                status = REFUSED
+            finally:
+                os._exit(status)
+        processes.append(process)
+    statuses = [os.WEXITSTATUS(os.waitpid(process, 0)[1]) for process in processes]
+    assert set(statuses) <= {0, REFUSED}
+    assert 0 in statuses
+    assert kill_exports.is_whole(tmp_path / file_name)
+    assert [path.name for path in tmp_path.iterdir()] == [file_name]
