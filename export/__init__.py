@@ -4,12 +4,13 @@ if __name__ != "gpt2_edge.export":
     raise ImportError(f"this package is imported as gpt2_edge.export, not as {__name__}: run pip install .")
 
 from pathlib import Path
+from typing import Any
 
 __all__ = ["export_checkpoint"]
 
 
-def export_checkpoint(checkpoint: str | Path, destination: str | Path) -> None:
-    """Export a Hugging Face GPT-2 checkpoint to an fp32 model folder; see `gpt2_edge.export.pipeline`."""
+def export_checkpoint(checkpoint: str | Path, destination: str | Path, **options: Any) -> None:
+    """Export a GPT-2 checkpoint, a folder or a hub's repository; see `gpt2_edge.export.pipeline` for the options."""
     from gpt2_edge.export.pipeline import export_checkpoint as run
 
-    run(Path(checkpoint), Path(destination))
+    run(checkpoint, Path(destination), **options)

@@ -1,12 +1,12 @@
 """Read a checkpoint's `config.json`, and refuse by name what cannot be exported exactly."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from gpt2_edge.errors import CheckpointError
 from gpt2_edge.export.activations import ACTIVATIONS
+from gpt2_edge.export.json_files import read_object
 
 # The fused attention kernel takes head sizes that are multiples of this; others are padded with zeros, exactly.
 _HEAD_SIZE_MULTIPLE: Final = 8
@@ -65,12 +65,7 @@ def read_config(checkpoint: Path) -> CheckpointConfig:
         raise CheckpointError(f"{checkpoint} is not a folder: give the folder of a Hugging Face GPT-2 checkpoint")
     if not path.is_file():
         raise CheckpointError(f"{checkpoint} is not a checkpoint: it has no config.json")
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from error
-    if not isinstance(document, dict):
-        raise CheckpointError(f"{path} does not hold a JSON object")
+    document = read_object(path)
     _refuse_what_is_not_gpt2(path, document)
     fields = _Fields(path, document)
     width = fields.integer("n_embd", 768)

@@ -56,13 +56,19 @@ class FusedGpt2(nn.Module):
         Returns:
             Logits [n, vocabulary], then the updated keys and values.
         """
-        hidden = functional.embedding(input_ids, self.wte.weight) + functional.embedding(position_ids, self.wpe.weight)
+        tokens, positions = (
+            functional.embedding(ids, table.weight) for ids, table in ((input_ids, self.wte), (position_ids, self.wpe))
+        )
+        # [batch x sequence, width]: 8-bit layers have a scale for each row, and the head takes rows out.
+        hidden = (tokens + positions).reshape(-1, tokens.shape[-1])
         present: list[Tensor] = []
         for layer, block in enumerate(self.h):
-            hidden, key, value = block(hidden, past[2 * layer], past[2 * layer + 1], seqlens_k, total_sequence_length)
+            hidden, key, value = block(
+                hidden, input_ids.shape, past[2 * layer], past[2 * layer + 1], seqlens_k, total_sequence_length
+            )
             present += [key, value]
-        # [batch, sequence, width] -> [n, width]: the head, a third of the work of a token, runs where it is asked for
-        wanted = functional.embedding(logit_positions, hidden.reshape(-1, hidden.shape[-1]))
+        # The head, a third of the work of a token, runs where it is asked for.
+        wanted = functional.embedding(logit_positions, hidden)
         head = self.wte if self.lm_head is None else self.lm_head
         return functional.linear(self.ln_f(wanted), head.weight), *present
 
@@ -115,10 +121,17 @@ class _Attention(nn.Module):
         }
 
     def forward(
-        self, x: Tensor, past_key: Tensor, past_value: Tensor, seqlens_k: Tensor, total_sequence_length: Tensor
+        self,
+        x: Tensor,
+        shape: torch.Size,
+        past_key: Tensor,
+        past_value: Tensor,
+        seqlens_k: Tensor,
+        total_sequence_length: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        query_key_value = self.c_attn(x)
-        batch, sequence, triple_width = query_key_value.shape
+        batch, sequence = shape
+        query_key_value = self.c_attn(x).reshape(batch, sequence, -1)
+        triple_width = query_key_value.shape[-1]
         attended, key, value = torch.onnx.ops.symbolic_multi_out(
             "com.microsoft::GroupQueryAttention",
             (query_key_value, None, None, past_key, past_value, seqlens_k, total_sequence_length),
@@ -127,7 +140,7 @@ class _Attention(nn.Module):
             shapes=((batch, sequence, triple_width // 3), past_key.shape, past_value.shape),
             version=1,
         )
-        return self.c_proj(attended), key, value
+        return self.c_proj(attended.reshape(batch * sequence, -1)), key, value
 
 
 class _MLP(nn.Module):
@@ -152,9 +165,16 @@ class _Block(nn.Module):
         self.mlp = _MLP(weights, config, layer)
 
     def forward(
-        self, hidden: Tensor, past_key: Tensor, past_value: Tensor, seqlens_k: Tensor, total_sequence_length: Tensor
+        self,
+        hidden: Tensor,
+        shape: torch.Size,
+        past_key: Tensor,
+        past_value: Tensor,
+        seqlens_k: Tensor,
+        total_sequence_length: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        attended, key, value = self.attn(self.ln_1(hidden), past_key, past_value, seqlens_k, total_sequence_length)
+        normalized = self.ln_1(hidden)
+        attended, key, value = self.attn(normalized, shape, past_key, past_value, seqlens_k, total_sequence_length)
         hidden = hidden + attended
         return hidden + self.mlp(self.ln_2(hidden)), key, value
 

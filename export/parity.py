@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -17,7 +17,8 @@ from gpt2_edge.graph_names import key_value_names
 from gpt2_edge.onnxruntime_import import onnxruntime
 
 _ABSOLUTE_TOLERANCE: Final = 1e-4
-_RELATIVE_TOLERANCE: Final = 1e-5  # of the largest logit: large models have logits of over 100
+# Of the largest logit: large models have logits of over 100. In half precision each rounding is of one part in 2048.
+_RELATIVE_TOLERANCES: Final = {"fp32": 1e-5, "fp16": 1e-2}
 _SEED: Final = 2019
 
 FloatArray = npt.NDArray[np.float32]
@@ -43,6 +44,8 @@ CASES: Final = (
     Case(past=(0, 0, 0), new=(5, 3, 1)),
     Case(past=(5, 3, 1), new=(1, 1, 1)),
 )
+# A cache of all positions would take more memory than the weights of a small model.
+_CAPACITY: Final = max(past + new for case in CASES for past, new in zip(case.past, case.new, strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ def check_parity(
     weights: Weights,
     config: CheckpointConfig,
     on_case: Callable[[], object] = lambda: None,
+    precision: str = "fp32",
 ) -> Parity:
     """Compare the logits of a graph with those of the checkpoint in plain torch.
 
@@ -73,11 +77,30 @@ def check_parity(
         weights: The checkpoint's weights.
         config: Its config.
         on_case: Called after each case.
+        precision: Of the graph, "fp32" or "fp16".
 
     Raises:
-        ParityError: They differ by more than 1e-4, or 1e-5 of the largest logit if that is more.
+        ParityError: They differ by more than 1e-4, or 1e-5 of the largest logit if that is more; in half precision by
+            more than 1 % of it.
     """
-    graph = _Graph(graph_path, config)
+    return compare_with_checkpoint(_Graph(graph_path, config), weights, config, on_case, precision)
+
+
+class ComparedGraph(Protocol):
+    """A graph that runs the cases."""
+
+    def logits(self, rows: list[IntArray], case: Case) -> FloatArray:
+        """Return the logits after each row's new tokens, row after row, shape [sum of new, vocabulary]."""
+
+
+def compare_with_checkpoint(
+    graph: ComparedGraph,
+    weights: Weights,
+    config: CheckpointConfig,
+    on_case: Callable[[], object] = lambda: None,
+    precision: str = "fp32",
+) -> Parity:
+    """Compare the logits of a graph with those of the checkpoint; see `check_parity`."""
     random = np.random.default_rng(_SEED)
     largest_difference, tolerance, compared = 0.0, _ABSOLUTE_TOLERANCE, 0
     for case in CASES:
@@ -93,7 +116,7 @@ def check_parity(
             ]
         )
         difference = float(np.abs(graph.logits(rows, case) - expected).max())
-        tolerance = max(tolerance, _RELATIVE_TOLERANCE * float(np.abs(expected).max()))
+        tolerance = max(tolerance, _RELATIVE_TOLERANCES[precision] * float(np.abs(expected).max()))
         largest_difference = max(largest_difference, difference)
         compared += 1
         # Written so that NaN fails as well.
@@ -111,14 +134,23 @@ class _Graph:
     def __init__(self, path: Path, config: CheckpointConfig) -> None:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
+        # Each would take another copy of the weights, or keep the largest buffers of all that follow.
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False
         self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._config = config
         self._past_names, self._present_names = key_value_names(config.n_layer)
+        cache_input = next(node for node in self._session.get_inputs() if node.name == self._past_names[0])
+        self._capacity = cache_input.shape[2] if isinstance(cache_input.shape[2], int) else _CAPACITY
+        self._cache_type = np.float16 if cache_input.type == "tensor(float16)" else np.float32
 
     def logits(self, rows: list[IntArray], case: Case) -> FloatArray:
         """Return the logits after each row's new tokens, row after row, shape [sum of new, vocabulary]."""
-        caches = [self._cache_after(row[:past]) for row, past in zip(rows, case.past, strict=True)]
-        cache = {name: np.concatenate([row[name] for row in caches]) for name in self._past_names}
+        shape = (len(rows), self._config.n_head, self._capacity, self._config.padded_head_size)
+        cache = {name: np.zeros(shape, self._cache_type) for name in self._past_names}
+        for index, (row, past) in enumerate(zip(rows, case.past, strict=True)):
+            if past:
+                self._fill(cache, index, row[:past])
         longest = max(case.new)
         input_ids = np.zeros((len(rows), longest), np.int64)  # shorter rows are padded on the right
         position_ids = np.zeros((len(rows), longest), np.int64)
@@ -127,20 +159,21 @@ class _Graph:
             input_ids[index, :new] = row[past:]
             position_ids[index, :new] = np.arange(past, past + new)
             wanted += range(index * longest, index * longest + new)
-        logits: FloatArray = self._run(input_ids, position_ids, np.add(case.past, case.new), wanted, cache)[0]
+        logits: FloatArray
+        (logits,) = self._run(["logits"], input_ids, position_ids, np.add(case.past, case.new), wanted, cache)
         return logits
 
-    def _cache_after(self, tokens: IntArray) -> dict[str, FloatArray]:
-        shape = (1, self._config.n_head, self._config.n_positions, self._config.padded_head_size)
-        cache = {name: np.zeros(shape, np.float32) for name in self._past_names}
-        if tokens.size:
-            positions = np.arange(tokens.size)[np.newaxis]
-            present = self._run(tokens[np.newaxis], positions, np.array([tokens.size]), [], cache)[1:]
-            cache = dict(zip(self._past_names, present, strict=True))
-        return cache
+    def _fill(self, cache: Mapping[str, FloatArray], index: int, tokens: IntArray) -> None:
+        """Compute the keys and values of one row's first tokens."""
+        row = {name: values[index : index + 1] for name, values in cache.items()}
+        positions = np.arange(tokens.size)[np.newaxis]
+        present = self._run(self._present_names, tokens[np.newaxis], positions, np.array([tokens.size]), [], row)
+        for name, values in zip(self._past_names, present, strict=True):
+            row[name][:] = values
 
     def _run(
         self,
+        outputs: list[str],
         input_ids: IntArray,
         position_ids: IntArray,
         valid_lengths: IntArray,
@@ -148,7 +181,7 @@ class _Graph:
         cache: Mapping[str, FloatArray],
     ) -> Any:
         return self._session.run(
-            ["logits", *self._present_names],
+            outputs,
             {
                 "input_ids": input_ids,
                 "position_ids": position_ids,

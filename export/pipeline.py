@@ -6,18 +6,19 @@ from pathlib import Path
 from typing import Final
 
 from gpt2_edge.errors import MissingDependencyError
-from gpt2_edge.export.config import CheckpointConfig, read_config
-from gpt2_edge.folder import TOKENIZER_NAME, file_sha256
+from gpt2_edge.folder import TOKENIZER_NAME
 from gpt2_edge.manifest import Architecture, Manifest
 from gpt2_edge.progress import Progress
 from gpt2_edge.seal import check_destination, new_folder, write_manifest
 from gpt2_edge.version import VERSION
 
 try:
+    from gpt2_edge.export.checkpoint import Checkpoint, read_checkpoint
+    from gpt2_edge.export.half_precision import to_half_precision
     from gpt2_edge.export.parity import CASES, check_parity
-    from gpt2_edge.export.tokenizer_files import read_tokenizer
+    from gpt2_edge.export.plain_attention import save_with_plain_attention
+    from gpt2_edge.export.source import find_checkpoint, is_hub_name
     from gpt2_edge.export.tracing import save, trace
-    from gpt2_edge.export.weights import read_weights, weight_files
 except ModuleNotFoundError as error:
     raise MissingDependencyError(
         f"exporting needs {error.name}, which is not installed: run pip install 'gpt2-edge[cpu,export]' "
@@ -25,15 +26,29 @@ except ModuleNotFoundError as error:
     ) from error
 
 GRAPH_NAME: Final = "model.onnx"
+CUDA_GRAPH_NAME: Final = "model_cuda.onnx"
 MINIMUM_ONNXRUNTIME: Final = "1.22"  # the first whose MatMulNBits takes 8 bits
 
 
-def export_checkpoint(checkpoint: Path, destination: Path) -> Manifest:
-    """Export a checkpoint to an fp32 model folder, which appears whole or not at all.
+def export_checkpoint(
+    checkpoint: str | Path,
+    destination: Path,
+    *,
+    precision: str = "fp32",
+    revision: str | None = None,
+    offline: bool = False,
+    max_context: int | None = None,
+) -> Manifest:
+    """Export a checkpoint to a model folder, which appears whole or not at all.
 
     Args:
-        checkpoint: Folder of a Hugging Face GPT-2 checkpoint.
+        checkpoint: Folder of a Hugging Face GPT-2 checkpoint; or, as a `str`, the name of a hub's repository, which
+            is downloaded unless there is a folder of that name.
         destination: The model folder to make; must not exist.
+        precision: "fp32", for the CPU, CUDA and quantizing; or "fp16", for CUDA alone.
+        revision: Branch, tag or commit of the repository.
+        offline: Take what was downloaded before, and open no connection.
+        max_context: Keep this many positions only, which makes a smaller KV cache.
 
     Returns:
         The manifest of the new folder.
@@ -42,40 +57,49 @@ def export_checkpoint(checkpoint: Path, destination: Path) -> Manifest:
         CheckpointError: The checkpoint cannot be read or cannot be exported exactly.
         ParityError: The graph does not compute what the checkpoint computes.
         ModelFolderError: The destination exists or cannot be written.
+        OptionError: `max_context` is more than the checkpoint has.
     """
     check_destination(destination)
+    source = find_checkpoint(checkpoint, revision, offline)
     with Progress("export", total=4 + len(CASES)) as progress:
-        progress.start("reading the checkpoint")
-        config = read_config(checkpoint)
-        tokenizer = read_tokenizer(checkpoint, config.vocab_size)
-        weights = read_weights(checkpoint, config)
+        is_ambiguous = is_hub_name(checkpoint) and source == Path(checkpoint)
+        progress.start(
+            f"reading the folder {source}, no hub's repository" if is_ambiguous else "reading the checkpoint"
+        )
+        read = read_checkpoint(source, max_context)
+        config, weights = read.config, read.weights
+        architecture = _architecture(read)
         progress.advance()
         progress.start("tracing the graph")
         model = trace(weights, config)
+        if precision == "fp16":
+            to_half_precision(model)
         progress.advance()
         with new_folder(destination) as folder:
             progress.start("writing the graph and the weights")
             save(model, folder / GRAPH_NAME)
+            graphs = {"decoder": GRAPH_NAME}
+            if precision == "fp32":
+                save_with_plain_attention(folder / GRAPH_NAME, folder / CUDA_GRAPH_NAME, architecture)
+                graphs["decoder_cuda"] = CUDA_GRAPH_NAME
             # Not `tokenizer.save`, which raises a plain Exception when the disk is full.
-            (folder / TOKENIZER_NAME).write_text(tokenizer.to_str(), encoding="utf-8", newline="\n")
+            (folder / TOKENIZER_NAME).write_text(read.tokenizer.to_str(), encoding="utf-8", newline="\n")
             progress.advance()
             progress.start("comparing with the checkpoint")
-            parity = check_parity(folder / GRAPH_NAME, weights, config, progress.advance)
+            parity = check_parity(folder / GRAPH_NAME, weights, config, progress.advance, precision)
+            if "decoder_cuda" in graphs:
+                check_parity(folder / CUDA_GRAPH_NAME, weights, config)
             progress.start("sealing")
             manifest = write_manifest(
                 folder,
                 Manifest(
-                    architecture=_architecture(config),
+                    architecture=architecture,
                     flavour="fused",
-                    precision="fp32",
+                    precision=precision,
                     recipe=None,
-                    graphs={"decoder": GRAPH_NAME},
+                    graphs=graphs,
                     end_of_text=config.eos_token_id,
-                    source={
-                        "name": checkpoint.resolve().name,
-                        "revision": None,
-                        "sha256": {path.name: file_sha256(path) for path in weight_files(checkpoint)},
-                    },
+                    source=read.source,
                     tools={
                         "gpt2-edge": VERSION,
                         **{name: metadata.version(name) for name in ("torch", "onnxscript", "onnx-ir", "onnxruntime")},
@@ -88,7 +112,8 @@ def export_checkpoint(checkpoint: Path, destination: Path) -> Manifest:
     return manifest
 
 
-def _architecture(config: CheckpointConfig) -> Architecture:
+def _architecture(read: Checkpoint) -> Architecture:
+    config = read.config
     return Architecture(
         layers=config.n_layer,
         heads=config.n_head,
@@ -98,5 +123,5 @@ def _architecture(config: CheckpointConfig) -> Architecture:
         context_length=config.n_positions,
         vocabulary_size=config.vocab_size,
         activation=config.activation_function,
-        tied_head=config.tie_word_embeddings,
+        tied_head=read.has_tied_head,
     )

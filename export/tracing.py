@@ -41,7 +41,7 @@ def trace(weights: Weights, config: CheckpointConfig) -> onnx_ir.Model:
     )
     batch, sequence, capacity, logits = map(torch.export.Dim, ("batch", "sequence", "capacity", "logits"))
     past_names, present_names = key_value_names(config.n_layer)
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             FusedGpt2(weights, config).eval(),
             arguments,
@@ -70,7 +70,7 @@ def trace(weights: Weights, config: CheckpointConfig) -> onnx_ir.Model:
         raise CheckpointError("torch.onnx.export returned no graph")
     model = program.model
     _check_operators(model.graph, config)
-    _strip_metadata(model)
+    strip_metadata(model)
     return model
 
 
@@ -97,7 +97,7 @@ def _check_operators(graph: onnx_ir.Graph, config: CheckpointConfig) -> None:
             )
 
 
-def _strip_metadata(model: onnx_ir.Model) -> None:
+def strip_metadata(model: onnx_ir.Model) -> None:
     """Remove stack traces and other notes of the tracer, which hold paths of the machine it ran on."""
     model.metadata_props.clear()
     model.producer_name, model.producer_version, model.doc_string = "gpt2-edge", VERSION, None
@@ -115,9 +115,10 @@ def _strip_metadata(model: onnx_ir.Model) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep the tracer's warnings about its own internals off the user's terminal."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    names = ("torch.onnx", "torch.export", "onnxscript", "onnx_ir", "optimum", "transformers")
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), Path(os.devnull).open("w") as nowhere, contextlib.redirect_stdout(nowhere):
         warnings.simplefilter("ignore")

@@ -62,10 +62,14 @@ def float32_bytes(vocabulary: int, context: int, width: int, layers: int) -> int
 
 
 def int8_bytes(vocabulary: int, context: int, width: int, layers: int) -> int:
-    """Bytes when a matrix has a byte for each weight and 4 for each 64 of them, and everything else has float32."""
+    """Bytes when a matrix has a byte for each weight, and everything else has float32.
+
+    Beside that, a matrix of the blocks has a scale for each output; the head has one for each 64 weights, and a bias.
+    """
     matrices = vocabulary * width + layers * 12 * width**2
-    others = context * width + layers * 13 * width + 2 * width
-    return matrices + matrices // 16 + 4 * others
+    scales = vocabulary * width // 64 + layers * 9 * width
+    others = context * width + layers * 13 * width + 2 * width + vocabulary
+    return matrices + 4 * (scales + others)
 
 
 def storyteller_shape() -> dict[str, int]:
@@ -101,14 +105,11 @@ def names_in_graph(model: onnx.ModelProto) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", ["storyteller_fp32", "storyteller_int8", "tiny"])
-def test_folder_has_four_files_and_the_weights_beside_the_graph(kind: str, request: pytest.FixtureRequest) -> None:
+def test_folder_has_its_files_and_the_weights_beside_the_graph(kind: str, request: pytest.FixtureRequest) -> None:
     folder: Path = request.getfixturevalue(kind)
-    assert sorted(path.name for path in folder.iterdir()) == [
-        "manifest.json",
-        "model.onnx",
-        "model.onnx.data",
-        "tokenizer.json",
-    ]
+    parts = {"manifest.json", "model.onnx", "model.onnx.data", "tokenizer.json"}
+    parts.add("golden.json" if kind == "storyteller_int8" else "model_cuda.onnx")
+    assert {path.name for path in folder.iterdir()} == parts
     model = onnx.load(folder / "model.onnx", load_external_data=False)
     outside = 0
     for tensor in model.graph.initializer:
@@ -133,7 +134,8 @@ def test_every_float32_weight_is_stored_once(storyteller_fp32: Path) -> None:
 def test_every_int8_weight_is_stored_once(storyteller_int8: Path) -> None:
     sizes = initializer_bytes(storyteller_int8)
     assert "wte.weight" not in sizes
-    assert int8_bytes(**storyteller_shape()) - 1000 <= sum(sizes.values()) <= int8_bytes(**storyteller_shape()) + 100
+    # Steps, zeros and shapes add a few numbers.
+    assert int8_bytes(**storyteller_shape()) - 1000 <= sum(sizes.values()) <= int8_bytes(**storyteller_shape()) + 200
 
 
 def test_untied_head_is_stored_beside_the_embedding(tiny: Path) -> None:
@@ -152,7 +154,7 @@ def test_gpt2_small_would_have_500_and_140_megabytes(storyteller_fp32: Path, sto
     ):
         manifest = open_folder(folder).manifest
         overhead = manifest.size_bytes - tokenizer_bytes - weights(**storyteller_shape())
-        assert 0 < overhead < 100_000
+        assert 0 < overhead < 120_000
         assert weights(**SMALL) + 2 * overhead + tokenizer < limit
 
 
@@ -160,7 +162,7 @@ def test_the_same_checkpoint_gives_the_same_bytes(tmp_path: Path, make_checkpoin
     checkpoint = make_checkpoint(n_layer=1, n_embd=16, n_head=2)
     export_checkpoint(checkpoint, tmp_path / "first")
     export_checkpoint(checkpoint, tmp_path / "second")
-    for name in ("model.onnx", "model.onnx.data", "tokenizer.json", "manifest.json"):
+    for name in ("model.onnx", "model.onnx.data", "model_cuda.onnx", "tokenizer.json", "manifest.json"):
         assert (tmp_path / "first" / name).read_bytes() == (tmp_path / "second" / name).read_bytes(), name
 
 
@@ -174,7 +176,10 @@ def test_graph_is_made_of_fused_operators(storyteller_fp32: Path) -> None:
         "Gelu": layers,
         "Add": 6 * layers + 1,  # a bias for each matrix, two residual connections, the positions
         "Gather": 3,
-        "Reshape": 1,
+        # Tokens side by side, but as the attention takes and gives them.
+        "Reshape": 2 * layers + 1,
+        "Shape": 2,
+        "Concat": 1,
         "Gemm": 1,
     }
 
@@ -233,7 +238,7 @@ def test_manifest_of_the_storyteller(storyteller_fp32: Path) -> None:
     assert 0 < parity["largest_difference"] <= parity["tolerance"] < 1e-3
     assert {entry["name"]: (entry["size_bytes"], entry["sha256"]) for entry in document["files"]} == {
         name: ((storyteller_fp32 / name).stat().st_size, sha256(storyteller_fp32 / name))
-        for name in ("model.onnx", "model.onnx.data", "tokenizer.json")
+        for name in ("model.onnx", "model.onnx.data", "model_cuda.onnx", "tokenizer.json")
     }
 
 

@@ -26,7 +26,7 @@ posix_only = pytest.mark.skipif(sys.platform == "win32", reason="needs links, si
 Damage = Callable[[Path], None]
 
 # The parts of a finished model folder.
-WHOLE: Final = ["manifest.json", "model.onnx", "model.onnx.data", "tokenizer.json"]
+WHOLE: Final = ["manifest.json", "model.onnx", "model.onnx.data", "model_cuda.onnx", "tokenizer.json"]
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +176,7 @@ REFUSALS: Final[dict[str, tuple[Damage, list[str]]]] = {
     "truncated weights": (truncate, ["cannot read", "model.safetensors", "copy the file again"]),
     "empty weights": (data("model.safetensors", b""), ["cannot read", "model.safetensors"]),
     "no weights": (without("model.safetensors"), ["model.safetensors"]),
-    "only a pickle": (only_pytorch_bin, ["pytorch_model.bin", "safe_serialization=True"]),
+    "safetensors by the name of a pickle": (only_pytorch_bin, ["pytorch_model.bin", "nothing of it was run"]),
     "missing shard": (
         shards('{"weight_map": {"wte.weight": "model-00002-of-00002.safetensors"}}'),
         ["incomplete", "model-00002-of-00002.safetensors"],
@@ -221,7 +221,7 @@ def test_checkpoint_that_is_not_a_folder(given: str, checkpoint: Path, outputs: 
 
 def refused_output(checkpoint: Path, destination: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Export to a place that must be refused before any work is done; return the message."""
-    monkeypatch.setattr(pipeline, "read_config", lambda checkpoint: pytest.fail("the checkpoint was read"))
+    monkeypatch.setattr(pipeline, "find_checkpoint", lambda *given: pytest.fail("the checkpoint was read"))
     with pytest.raises(ModelFolderError) as refusal:
         export_checkpoint(checkpoint, destination)
     return str(refusal.value)
@@ -337,7 +337,7 @@ def test_tracer_that_makes_another_graph(checkpoint: Path, outputs: Path, monkey
 
 def test_interrupted_export(checkpoint: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*arguments: object) -> None:
-        assert names_in(next(outputs.iterdir())) == ["model.onnx", "model.onnx.data", "tokenizer.json"]
+        assert names_in(next(outputs.iterdir())) == WHOLE[1:]
         raise KeyboardInterrupt
 
     monkeypatch.setattr(pipeline, "check_parity", interrupt)
@@ -529,6 +529,36 @@ def test_leftover_that_disappears_meanwhile(outputs: Path, monkeypatch: pytest.M
 
 
 @posix_only
-def test_finished_folder_can_be_read_by_others(outputs: Path) -> None:
-    seal_again(outputs / "model")
-    assert (outputs / "model").stat().st_mode & 0o777 == 0o755
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o755), (0o077, 0o700), (0o002, 0o775)])
+def test_finished_folder_follows_the_umask(umask: int, mode: int, outputs: Path) -> None:
+    before = os.umask(umask)
+    try:
+        seal_again(outputs / "model")
+    finally:
+        os.umask(before)
+    assert (outputs / "model").stat().st_mode & 0o777 == mode
+    assert (outputs / "model" / "file").stat().st_mode & 0o777 == mode & 0o666
+
+
+def test_failed_export_leaves_no_new_folders(outputs: Path) -> None:
+    def fail(destination: Path, *others: Path) -> None:
+        with seal.new_folder(destination):
+            for other in others:
+                other.write_text("somebody else's")
+            raise KeyboardInterrupt
+
+    (outputs / "old").mkdir()
+    with pytest.raises(KeyboardInterrupt):
+        fail(outputs / "old" / "new" / "newer" / "model")
+    assert names_in(outputs / "old") == []
+    with pytest.raises(KeyboardInterrupt):
+        fail(outputs / "shared" / "newer" / "model", outputs / "shared" / "file")
+    assert names_in(outputs / "shared") == ["file"]
+    assert names_in(outputs) == ["old", "shared"]
+
+
+@posix_only
+def test_folders_that_cannot_be_made(outputs: Path) -> None:
+    with pytest.raises(ModelFolderError, match=os.strerror(errno.ENAMETOOLONG)):
+        seal_again(outputs / "new" / ("x" * 300) / "model")
+    assert names_in(outputs) == []
