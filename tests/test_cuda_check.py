@@ -1,0 +1,127 @@
+"""The script that checks a GPU machine, tried on the CPU, and the graphs that it carries."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnx
+import onnx_ir
+import pytest
+
+from gpt2_edge.benchmarks import cuda_graphs
+from gpt2_edge.benchmarks.cuda_graphs import KITS, fill, storyteller_weights, write_kit
+from gpt2_edge.export import export_checkpoint
+
+REPOSITORY: Final = Path(__file__).resolve().parent.parent
+SCRIPT: Final = REPOSITORY / "benchmarks" / "cuda_check.py"
+
+
+def test_it_runs_from_the_repository_alone(tmp_path: Path) -> None:
+    """With nothing importable but numpy, onnxruntime and tokenizers, in a process of its own."""
+    # A package that is found raises, so the script must do without; gpt2_edge is taken from the repository's folders.
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Refuse:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('torch', 'onnx', 'onnx_ir', 'onnxscript', 'safetensors', 'transformers'):\n"
+        "            raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, Refuse())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--json", str(tmp_path / "results.json")],
+        capture_output=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        check=False,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    document: dict[str, Any] = json.loads((tmp_path / "results.json").read_text())
+    results = {result["name"]: result for result in document["results"]}
+    checks = [result for result in results.values() if result["passed"] is not None]
+    assert len(checks) == 13
+    assert all(result["passed"] for result in checks)
+    assert results["fp32: greedy tokens as on the CPU, in a batch"]["value"] == "8 of 8"
+    # Goals are for a GPU and the whole models: a quick run judges none, whatever it measures.
+    assert results["decode, batch 64, tokens/s"]["passed"] is None
+    assert results["XL decode: bytes of weights a second over bandwidth"]["goal"] == "at least 60%"
+    assert "python" in document["machine"]
+
+
+def test_asked_for_a_gpu_it_fails_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this ONNX Runtime has the provider")
+    from gpt2_edge.benchmarks import cuda_check
+
+    assert cuda_check.main(["--quick", "--no-xl"]) == 1
+    captured = capsys.readouterr()
+    assert "CUDAExecutionProvider" in captured.err + captured.out
+
+
+def described(graph: Path) -> tuple[Any, ...]:
+    model = onnx_ir.load(graph)
+    nodes = [
+        (
+            node.domain,
+            node.op_type,
+            [value and value.name for value in node.inputs],
+            sorted(map(str, node.attributes.values())),
+        )
+        for node in model.graph
+    ]
+    ends = [(value.name, str(value.dtype), str(value.shape)) for value in (*model.graph.inputs, *model.graph.outputs)]
+    return model.opset_imports, nodes, ends
+
+
+def test_the_carried_graphs_of_the_storyteller_are_those_that_export_makes(
+    storyteller_fp32: Path, tmp_path: Path
+) -> None:
+    single = fill("storyteller-fp32", tmp_path / "single", storyteller_weights())
+    for name in ("model.onnx", "model_cuda.onnx"):
+        assert described(single / name) == described(storyteller_fp32 / name), (
+            f"{name} differs: run python -m gpt2_edge.benchmarks.cuda_graphs write"
+        )
+    export_checkpoint(cuda_graphs.STORYTELLER, tmp_path / "exported", precision="fp16")
+    half = fill("storyteller-fp16", tmp_path / "half", storyteller_weights())
+    assert described(half / "model.onnx") == described(tmp_path / "exported" / "model.onnx")
+    theirs, ours = (onnx_ir.load(path / "model.onnx").graph.initializers for path in (tmp_path / "exported", half))
+    for name, value in theirs.items():
+        assert value.const_value is not None
+        other = ours[name].const_value
+        assert other is not None
+        np.testing.assert_array_equal(value.const_value.numpy(), other.numpy(), err_msg=name)
+
+
+def test_a_kit_is_written_as_it_is_carried(tmp_path: Path) -> None:
+    write_kit("tiny-fp16", tmp_path / "tiny-fp16")
+    carried = cuda_graphs.GRAPHS / "tiny-fp16"
+    assert (tmp_path / "tiny-fp16" / "layout.json").read_bytes() == (carried / "layout.json").read_bytes()
+    written, kept = (
+        onnx.load(path / "model.onnx", load_external_data=False) for path in (tmp_path / "tiny-fp16", carried)
+    )
+    assert Counter(node.op_type for node in written.graph.node) == Counter(node.op_type for node in kept.graph.node)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("gpt2-fp16", 124_439_808), ("gpt2-xl-fp16", 1_557_611_200)])
+def test_the_models_that_are_timed_have_their_published_sizes(name: str, parameters: int) -> None:
+    layout = json.loads((cuda_graphs.GRAPHS / name / "layout.json").read_text())
+    assert sum(int(np.prod(tensor["shape"])) for tensor in layout["tensors"]) == parameters
+    model = onnx.load(cuda_graphs.GRAPHS / name / "model.onnx", load_external_data=False)
+    counts = Counter(node.op_type for node in model.graph.node)
+    assert counts["GroupQueryAttention"] == KITS[name].layers
+    assert counts["SkipLayerNormalization"] == 2 * KITS[name].layers
+    offsets = {
+        tensor.name: int(entry.value)
+        for tensor in model.graph.initializer
+        for entry in tensor.external_data
+        if entry.key == "offset"
+    }
+    assert offsets == {tensor["name"]: tensor["offset"] for tensor in layout["tensors"]}
