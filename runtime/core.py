@@ -6,11 +6,15 @@ from hashlib import blake2b
 from operator import index
 from typing import Final, SupportsIndex
 
+import numpy as np
+
 from gpt2_edge.engine import Engine, Row
 from gpt2_edge.errors import ContextLengthError, OptionError, PromptError
-from gpt2_edge.generation import ModelFacts
+from gpt2_edge.generation import ModelFacts, NextTokenRow
 from gpt2_edge.manifest import Manifest
 from gpt2_edge.options import GenerationOptions, OptionKeywords, make_options
+from gpt2_edge.results import NextToken
+from gpt2_edge.sampling import keep
 from gpt2_edge.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -108,6 +112,23 @@ class ModelCore:
             tokens = [self.manifest.end_of_text]
         self.check_length(tokens)
         return tokens
+
+    def next_tokens(self, row: NextTokenRow, k: int) -> list[NextToken]:
+        """Compute a row and return the k likeliest tokens after it, the likeliest first.
+
+        Raises:
+            OptionError: k is not allowed.
+        """
+        vocabulary_size = self.manifest.architecture.vocabulary_size
+        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= vocabulary_size:
+            raise OptionError(f"k is {k!r}: give an integer from 1 to {vocabulary_size}")
+        self.run([row])
+        _, weights = keep(row.logits, temperature=1.0)
+        probabilities = weights / weights.sum(dtype=np.float64)
+        order = np.argsort(-row.logits, kind="stable")[:k]
+        return [
+            NextToken(self.tokenizer.decode([token]), token, float(probabilities[token])) for token in order.tolist()
+        ]
 
     def check_length(self, tokens: Sequence[int]) -> None:
         """Refuse what does not fit the context.

@@ -2,7 +2,8 @@
 
 Rows live in the slots of the session's KV cache: those that decode in slots 0, 1, ..., so that one run computes a
 token for all of them, and the one that is being prefilled in the slot after them. A step is one decoded token for
-every row that is past its prompt, and one chunk of prefill, if a row waits for it.
+every row that is past its prompt, and one chunk of prefill, if a row waits for it. What a slot holds of the prompt of
+an earlier row, or of one that still decodes, is not computed again.
 
 Any thread may bring rows. There is no thread of our own: whoever waits for a row computes steps, for all rows there
 are; if another thread is at it already, it waits for that step instead. So a caller that is alone never switches
@@ -24,9 +25,11 @@ import numpy as np
 from gpt2_edge.errors import ModelClosedError, OptionError
 from gpt2_edge.interrupt import deferred_interrupt
 from gpt2_edge.kv_cache import SequenceCache
-from gpt2_edge.session import Logits, StepSession
+from gpt2_edge.prompt_reuse import PromptReuse
+from gpt2_edge.session import Logits
+from gpt2_edge.session_protocol import ModelSession
 
-PREFILL_CHUNK_TOKENS: Final = 128
+PREFILL_CHUNK_TOKENS: Final = 256
 MAXIMUM_ROWS: Final = 16  # a power of two
 _WATCHED_CHUNK_TOKENS: Final = 64  # a shorter chunk is over before anybody could interrupt it
 _WATCH_SECONDS: Final = 0.02
@@ -44,7 +47,7 @@ class Row(ABC):
         left: Whether the engine has nothing to do with the row, because it has not joined or was taken out.
         started_at: `time.perf_counter()` when its first chunk began; 0 before.
         prefilled: How many of the first tokens are in the cache, until the row decodes.
-        prompt_group: Rows with the same one have the same tokens when they join, and share one prefill.
+        reused: How many of the first tokens were in the cache when it first began, and were not computed.
         initial_cache: Keys and values of the first tokens, to begin with; None computes all.
         keeps_cache: Whether the engine saves the keys and values when the row is done.
         final_cache: What was saved.
@@ -59,7 +62,7 @@ class Row(ABC):
         self.left = True
         self.started_at = 0.0
         self.prefilled = 0
-        self.prompt_group: object | None = None
+        self.reused = 0
         self.initial_cache: SequenceCache | None = None
         self.keeps_cache = False
         self.final_cache: SequenceCache | None = None
@@ -99,7 +102,7 @@ class Engine:
         session: Used by one thread at a time.
     """
 
-    def __init__(self, session: StepSession) -> None:
+    def __init__(self, session: ModelSession) -> None:
         self._session = session
         self._process = os.getpid()
         self._lock = threading.RLock()  # guards the five below; held for moments, never during a step
@@ -113,6 +116,8 @@ class Engine:
         self._somebody_done = False
         self._prefilling: Row | None = None
         self._decoding: list[Row] = []
+        self._prompts = PromptReuse(PREFILL_CHUNK_TOKENS)
+        self._known_logits: Logits | None = None  # after the prompt of the row that is being prefilled
 
     def join(self, rows: Iterable[Row]) -> None:
         """Queue rows; they are computed while somebody waits in `run_until`.
@@ -206,8 +211,6 @@ class Engine:
             return  # as nearly always
         with self._lock:
             self._remove_interrupted()
-            if self._waiting and self._prefilling is None:
-                self._admit()
 
     def _is_computed_by_another(self) -> bool:
         """Tell whether another thread computes a step; a mark of this one was left by an exception of a signal."""
@@ -236,66 +239,109 @@ class Engine:
     def _all_rows(self) -> list[Row]:
         return [*self._decoding, *([self._prefilling] if self._prefilling else [])]
 
-    def _admit(self) -> None:
-        if len(self._decoding) >= MAXIMUM_ROWS:
-            return
-        in_use = {slot: len(row.tokens) - 1 for slot, row in enumerate(self._decoding)}
-        wanted = min(MAXIMUM_ROWS, len(self._decoding) + len(self._waiting))
-        self._session.reserve_slots(1 << (wanted - 1).bit_length(), in_use)  # doubled, so rarely
-        row = self._prefilling = self._waiting.popleft()
-        row.started_at = row.started_at or time.perf_counter()
-        if row.initial_cache is not None:
-            # At least the last token is computed, for its logits.
-            row.prefilled = min(row.initial_cache.tokens, len(row.tokens) - 1)
-            self._session.restore(len(self._decoding), row.initial_cache, row.prefilled)
-            row.initial_cache = None
-
     def _step(self) -> None:
         """Decode first: so the first token of a row that ends its prefill now reaches its caller at once."""
         try:
             if self._decoding:
                 self._decode()
-            if self._prefilling is not None:
-                self._prefill_chunk(self._prefilling)
+            self._prefill()
         except Exception as error:  # noqa: BLE001 - whatever the session raises belongs to those whose rows it was
             self._fail(self._all_rows(), error)
         self._remove_done()
 
+    def _prefill(self) -> None:
+        """Compute one chunk; rows that need none, because their prompt is known, join in the same step."""
+        if self._prefilling is None:
+            self._begin_next()
+        if self._prefilling is not None:
+            self._prefill_chunk(self._prefilling)
+        while self._prefilling is None and self._next_is_known():
+            self._begin_next()
+            if self._prefilling is not None:
+                self._prefill_chunk(self._prefilling)
+
+    def _next_is_known(self) -> bool:
+        with self._lock:
+            row = self._waiting[0] if self._waiting else None
+        if row is None or row.initial_cache is not None or len(self._decoding) >= MAXIMUM_ROWS:
+            return False
+        return self._prompts.find(row.tokens, _wanted(row), len(self._decoding)).logits is not None
+
+    def _begin_next(self) -> None:
+        """Let the row that waits longest begin, in the slot after those that decode."""
+        with self._lock:
+            waiting = len(self._waiting)
+            if not waiting or len(self._decoding) >= MAXIMUM_ROWS:
+                return
+            row = self._prefilling = self._waiting.popleft()
+        first_time = not row.started_at
+        row.started_at = row.started_at or time.perf_counter()
+        try:
+            self._make_room(min(MAXIMUM_ROWS, len(self._decoding) + waiting))
+            self._take_over_what_is_known(row, len(self._decoding))
+        except Exception as error:  # noqa: BLE001 - belongs to the row that begins; nobody else is touched
+            row.prefilled = 0
+            self._fail([row], error)
+            self._prefilling, row.left = None, True
+            return
+        if first_time:
+            row.reused = row.prefilled
+
+    def _make_room(self, slots: int) -> None:
+        if slots > self._session.slots:
+            in_use = {slot: len(row.tokens) - 1 for slot, row in enumerate(self._decoding)}
+            # Doubled, so that it happens rarely.
+            self._session.reserve_slots(1 << (slots - 1).bit_length(), self._prompts.lengths() | in_use)
+
+    def _take_over_what_is_known(self, row: Row, slot: int) -> None:
+        """Put what is known of the first tokens of a row into a slot."""
+        if row.initial_cache is not None:
+            self._prompts.begin(slot, 0)
+            # At least the last token is computed, for its logits.
+            length = min(row.initial_cache.tokens, len(row.tokens) - 1)
+            self._session.restore(slot, row.initial_cache, length)
+            row.initial_cache, self._known_logits = None, None
+        else:
+            source, length, self._known_logits = self._prompts.find(row.tokens, _wanted(row), slot)
+            if length and source != slot:
+                self._copy_slot(source, slot, length)
+        row.prefilled = length
+
     def _prefill_chunk(self, row: Row) -> None:
-        start = row.prefilled
+        """Compute the next tokens of a row, or none if it is known what follows; after the last it decodes."""
+        start, slot = row.prefilled, len(self._decoding)
         stop = min(start + PREFILL_CHUNK_TOKENS, len(row.tokens))
+        is_last = stop == len(row.tokens)
+        logits = self._known_logits if start == stop else self._compute_chunk(row, slot, start, stop)
+        if logits is None:
+            return  # it was interrupted, and ends with this step
+        if len(logits):
+            self._deliver(row, logits)
+        if is_last:
+            self._prefilling, self._known_logits = None, None
+            self._decoding.append(row)
+
+    def _compute_chunk(self, row: Row, slot: int, start: int, stop: int) -> Logits | None:
+        """Compute tokens of a prompt and return the logits that the row wants of them; None if it was interrupted."""
         positions = row.logit_positions(start, stop)
         chunk_positions = np.arange(positions.start - start, positions.stop - start, dtype=np.int64)
-        is_last = stop == len(row.tokens)
-        slot = len(self._decoding)
+        self._prompts.begin(slot, start)
         with self._interruptible(row, stop - start):
             try:
                 logits = self._session.prefill(slot, row.tokens[start:stop], start, chunk_positions)
             except Exception:
                 if not row.interrupted():
                     raise
-                return  # it was terminated, and ends with this step
+                return None
         row.prefilled = stop
-        followers = self._take_followers(row) if is_last else []
-        for place, follower in enumerate(followers, start=slot + 1):
-            self._session.copy_slot(slot, place, stop)
-            follower.started_at, follower.prefilled = row.started_at, stop
-        if positions:
-            for each in (row, *followers):
-                self._deliver(each, logits)
-        if is_last:
-            self._prefilling = None
-            self._decoding += [row, *followers]
+        ends_prompt = stop == len(row.tokens) and positions == range(stop - 1, stop)
+        self._prompts.extend(slot, start, row.tokens[start:stop], logits.copy() if ends_prompt else None)
+        return logits
 
-    def _take_followers(self, leader: Row) -> list[Row]:
-        """Take the waiting rows that share the leader's prompt, as many as there are free slots."""
-        if leader.prompt_group is None:
-            return []
-        with self._lock:
-            followers = [row for row in self._waiting if row.prompt_group is leader.prompt_group and not row.prefilled]
-            del followers[self._session.slots - len(self._decoding) - 1 :]
-            self._waiting = deque(row for row in self._waiting if row not in followers)
-        return followers
+    def _copy_slot(self, source: int, target: int, length: int) -> None:
+        self._prompts.begin(target, 0)
+        self._session.copy_slot(source, target, length)
+        self._prompts.copy(source, target, length)
 
     @contextmanager
     def _interruptible(self, row: Row, tokens: int) -> Iterator[None]:
@@ -375,21 +421,33 @@ class Engine:
             if row.done or row.restarts:
                 last = remaining.pop()
                 if slot < len(remaining):
-                    self._session.copy_slot(len(remaining), slot, len(last.tokens) - 1)
+                    self._copy_slot(len(remaining), slot, len(last.tokens) - 1)
                     remaining[slot] = last
         restarting = [row for row in self._decoding if row.restarts and not row.done]
         self._decoding = remaining
         if self._prefilling is not None and slot_of_prefilling != len(remaining):
-            self._session.copy_slot(slot_of_prefilling, len(remaining), self._prefilling.prefilled)
+            self._copy_slot(slot_of_prefilling, len(remaining), self._prefilling.prefilled)
         for row in restarting:
-            row.restarts, row.prefilled, row.prompt_group = False, 0, None
+            row.restarts, row.prefilled = False, 0
         with self._lock:
             self._waiting.extendleft(reversed(restarting))
             self._release_memory_if_idle()
 
     def _release_memory_if_idle(self) -> None:
-        if not self._waiting and not self._all_rows() and not self._closed:
+        """Give all slots but one back, and keep the longest prompt in it."""
+        if self._waiting or self._all_rows() or self._closed or self._session.slots == 1:
+            return
+        lengths = self._prompts.lengths()
+        longest = max(lengths, key=lambda slot: lengths[slot], default=None)
+        saved = None if longest is None else self._session.save(longest, lengths[longest])
+        self._prompts.keep_only(longest)
+        try:
             self._session.release_spare_slots()
+            if saved is not None:
+                self._session.restore(0, saved, saved.tokens)
+        except BaseException:
+            self._prompts.keep_only(None)
+            raise
 
     def _let_go(self, row: Row, slot: int, length: int) -> None:
         if row.keeps_cache and row.failure is None:
@@ -399,3 +457,8 @@ class Engine:
 
 def _is_interrupted(row: Row) -> bool:
     return row.interrupted()
+
+
+def _wanted(row: Row) -> range:
+    """Return after which tokens of its prompt a row wants logits."""
+    return row.logit_positions(0, len(row.tokens))

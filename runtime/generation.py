@@ -74,7 +74,7 @@ class GenerationRow(Row):
             final_tokens.add(facts.end_of_text)
         self._final_tokens = final_tokens
         self._chooser = TokenChooser(options, seed, sorted(final_tokens), draws)
-        self._assembler = TextAssembler(facts.token_bytes, options.stop)
+        self._assembler = TextAssembler(facts.token_bytes, tuple(options.stop))
         self._deadline = None if options.deadline_seconds is None else time.perf_counter() + options.deadline_seconds
         self._can_be_interrupted = options.cancel is not None or self._deadline is not None
         self._texts: list[str] = []
@@ -139,7 +139,7 @@ class GenerationRow(Row):
             timings=Timings(
                 prefill_seconds=self._first_token_at - self.started_at if self._chosen else 0.0,
                 decode_seconds=self._last_token_at - self._first_token_at,
-                prompt_tokens=len(self._prompt) + self._before if self._chosen else 0,
+                prompt_tokens=len(self._prompt) + self._before - self.reused if self._chosen else 0,
                 decoded_tokens=max(0, self._chosen - 1),
             ),
             logprobs=self._logprobs[:kept] if self._options.logprobs is not None else None,

@@ -3,7 +3,7 @@
 import difflib
 import math
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any, Literal, TypedDict
@@ -35,11 +35,11 @@ class OptionKeywords(TypedDict, total=False):
     frequency_penalty: float
     no_repeat_ngram_size: int
     logit_bias: Mapping[int, float]
-    banned_tokens: Sequence[int]
+    banned_tokens: Collection[int]
     logits_processor: LogitsProcessor | None
     seed: int | None
-    stop: str | Sequence[str]
-    stop_tokens: Sequence[int]
+    stop: Collection[str]
+    stop_tokens: Collection[int]
     ignore_eos: bool
     logprobs: int | None
     overflow: Overflow
@@ -98,11 +98,11 @@ class GenerationOptions:
     frequency_penalty: float = 0.0
     no_repeat_ngram_size: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
-    banned_tokens: Sequence[int] = ()
+    banned_tokens: Collection[int] = ()
     logits_processor: LogitsProcessor | None = None
     seed: int | None = None
-    stop: str | Sequence[str] = ()
-    stop_tokens: Sequence[int] = ()
+    stop: Collection[str] = ()
+    stop_tokens: Collection[int] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
     overflow: Overflow = "stop"
@@ -191,18 +191,28 @@ def _check_number(name: str, value: Any, minimum: float, maximum: float, allowed
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
-    texts = (value,) if isinstance(value, str) else value
-    if not isinstance(texts, Sequence) or not all(isinstance(text, str) and text for text in texts):
+    texts = (value,) if isinstance(value, str) else _elements(value)
+    if texts is None or not all(isinstance(text, str) and text for text in texts):
         raise OptionError(f"{name} is {value!r}: give a text or a list of texts, none of them empty")
-    return tuple(texts)
+    return tuple(map(str, texts))
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
-    if isinstance(value, str) or not isinstance(value, Sequence):
+    tokens = _elements(value)
+    if tokens is None:
         raise OptionError(f"{name} is {value!r}: give a list of token ids")
-    for token in value:
+    for token in tokens:
         _check_integer(name, token, 0, None)
-    return tuple(value)
+    return tuple(map(int, tokens))
+
+
+def _elements(value: Any) -> list[Any] | None:
+    """Return the elements of a list, a set or an array, in an order that does not change; None if it is none."""
+    if isinstance(value, np.ndarray):
+        return value.tolist() if value.ndim == 1 else None
+    if isinstance(value, set | frozenset):
+        return sorted(value, key=repr)
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str | bytes | bytearray) else None
 
 
 def _biases(value: Any) -> dict[int, float]:

@@ -14,7 +14,7 @@ class Timings:
     Attributes:
         prefill_seconds: From the first step of the prompt until the first token was chosen.
         decode_seconds: From then until the last token was chosen.
-        prompt_tokens: Tokens that were prefilled.
+        prompt_tokens: Tokens that were prefilled; without those that were computed before, for an earlier prompt.
         decoded_tokens: Tokens that were chosen after the first.
     """
 

@@ -1,8 +1,11 @@
 """Choose a token from logits: the last step of `docs/sampling.md`.
 
 The order is temperature, top-k, top-p, min-p, typical-p, draw. Pure functions; where equal tokens straddle a border the
-lower ids are kept. Nothing here sorts the vocabulary: top-k finds its border by the maxima of blocks, top-p and
-typical-p find theirs by histograms.
+lower ids are kept. Nothing here sorts the vocabulary: top-k finds its border by the maxima of blocks, min-p and most
+often top-p look only at logits above a threshold, and typical-p finds its border by histograms.
+
+After each run of the model the caches hold its weights, so what counts is how often 200 kB are read or written, and
+how many different functions are called.
 """
 
 import math
@@ -23,7 +26,11 @@ _BLOCK: Final = 64  # values that are summed up, or whose maximum is taken, at o
 _LIKELY: Final = 8  # times the bound below which weights are surely not in the nucleus: a good guess of its border
 _BIN_BITS: Final = 10  # of a histogram's index
 _PIECE: Final = 16384  # values that are counted at once
-_SORTED_AT_MOST: Final = 256  # so few keys are sorted sooner than counted
+_SORTED_AT_MOST: Final = 256  # so few keys are sorted, with their indices, sooner than counted
+_VALUES_SORTED_AT_MOST: Final = 8192  # the same for weights alone, for which numpy has vector instructions
+_CACHED: Final = 8192  # numbers that the first cache holds
+_SLACK: Final = 1e-4  # relative, by which a threshold of logits is lower than the weight that it stands for
+_LARGEST_FLOAT32: Final = float(np.finfo(np.float32).max)
 # What float32 can still divide by; beyond these the likeliest token wins, or all are alike, anyway.
 _SMALLEST_TEMPERATURE: Final = 1e-30
 _LARGEST_TEMPERATURE: Final = 1e30
@@ -124,10 +131,17 @@ def keep(
         LogitsError: A logit is NaN or +inf, or all are -inf.
     """
     largest = logits[greedy(logits)]
-    token_ids = keep_top_k(logits, top_k) if top_k and top_k < logits.size else None
-    weights = _weights(logits if token_ids is None else logits[token_ids], largest, temperature)
-    if top_p is not None and top_p < 1:
-        token_ids, weights = _narrow(token_ids, weights, keep_top_p(weights, top_p))
+    if top_k and top_k < logits.size:
+        token_ids: TokenIds | None = keep_top_k(logits, top_k)
+        weights = _weights(logits[token_ids], largest, temperature)
+        if top_p is not None and top_p < 1:
+            token_ids, weights = _narrow(token_ids, weights, keep_top_p(weights, top_p))
+    elif top_p is not None and top_p < 1:
+        token_ids, weights = _nucleus_of_logits(logits, largest, temperature, top_p, min_p or 0.0)
+    elif min_p:
+        token_ids, weights = _likely(logits, largest, temperature, min_p)
+    else:
+        token_ids, weights = None, _weights(logits, largest, temperature)
     if min_p:
         token_ids, weights = _narrow(token_ids, weights, keep_min_p(weights, min_p))
     if typical_p is not None and typical_p < 1:
@@ -168,7 +182,7 @@ def keep_top_p(weights: Weights, top_p: float) -> TokenIds:
     if _sum(values) <= target:
         candidates = np.flatnonzero(weights >= bound)
         values = weights[candidates]
-    return candidates[_fewest(-_bits(values), values, target)]
+    return candidates[_nucleus(values, target)]
 
 
 def keep_min_p(weights: Weights, min_p: float) -> TokenIds:
@@ -219,9 +233,42 @@ def _weights(logits: Logits, largest: np.float32, temperature: float) -> Weights
     with np.errstate(over="ignore"):  # a gap beyond float32 is -inf, and its weight 0
         weights: Weights = logits - largest
         if temperature != 1:
-            weights /= np.float32(min(max(temperature, _SMALLEST_TEMPERATURE), _LARGEST_TEMPERATURE))
+            weights /= _divisor(temperature)
     np.exp(weights, out=weights)
     return weights
+
+
+def _divisor(temperature: float) -> np.float32:
+    return np.float32(min(max(temperature, _SMALLEST_TEMPERATURE), _LARGEST_TEMPERATURE))
+
+
+def _likely(logits: Logits, largest: np.float32, temperature: float, weight: float) -> tuple[TokenIds, Weights]:
+    """Return the tokens that have at least this weight, perhaps a few more, and their weights."""
+    temperature = float(_divisor(temperature))
+    # A weight is rounded to 1e-7 of it, and its logit to 1e-7 of the largest: both are less than the slack.
+    threshold = float(largest) * (1 - math.copysign(_SLACK, largest)) + temperature * (math.log(weight) - _SLACK)
+    token_ids = (logits >= max(threshold, -_LARGEST_FLOAT32)).nonzero()[0]
+    return token_ids, _weights(logits[token_ids], largest, temperature)
+
+
+def _nucleus_of_logits(
+    logits: Logits, largest: np.float32, temperature: float, top_p: float, min_p: float
+) -> tuple[TokenIds, Weights]:
+    """Return what top-p keeps, but perhaps not what min-p drops of it anyway, and the weights.
+
+    As in `keep_top_p`; but where min-p looks at fewer tokens, those are enough: the rest of the nucleus is less likely.
+    """
+    total = _sum_of_weights(logits, largest, temperature)
+    target = top_p * total
+    bound = 0.99 * (1 - top_p) * total / logits.size
+    for lowest in (_LIKELY * bound, bound):
+        is_enough = lowest < min_p
+        token_ids, weights = _likely(
+            logits, largest, temperature, min(max(lowest, min_p, float(_SMALLEST_WEIGHT)), 1.0)
+        )
+        if is_enough or _sum(weights) > target:
+            break
+    return _narrow(token_ids, weights, _nucleus(weights, target))
 
 
 def _narrow(token_ids: TokenIds | None, weights: Weights, kept: TokenIds) -> tuple[TokenIds, Weights]:
@@ -247,6 +294,17 @@ def _without_surplus(
     return np.flatnonzero(kept)
 
 
+def _nucleus(weights: Weights, target: float) -> TokenIds:
+    """Return the indices of the fewest largest weights that add up to `target`, or of all, in ascending order."""
+    if weights.size > _VALUES_SORTED_AT_MOST:
+        return _fewest(-_bits(weights), weights, target)
+    descending = np.sort(weights)[::-1]
+    last = _first_reaching(descending.cumsum(dtype=np.float64), target)
+    border = descending[last]
+    kept = weights >= border
+    return _without_surplus(kept, int(np.count_nonzero(kept)) - (last + 1), weights, border)
+
+
 def _fewest(keys: Keys, weights: Weights, target: float) -> TokenIds:
     """Return the indices of the fewest smallest keys whose weights add up to `target`, in ascending order.
 
@@ -269,6 +327,20 @@ def _fewest(keys: Keys, weights: Weights, target: float) -> TokenIds:
     border_key = near[last]
     surplus = int(np.searchsorted(near, border_key, side="right")) - (last + 1)
     return _without_surplus(keys <= border_key, surplus, keys, border_key)
+
+
+def _sum_of_weights(logits: Logits, largest: np.float32, temperature: float) -> float:
+    """Return the sum of all weights without keeping them, piece by piece."""
+    total, buffer = 0.0, np.empty(_CACHED, np.float32)
+    divisor = _divisor(temperature)
+    with np.errstate(over="ignore"):
+        for start in range(0, logits.size, _CACHED):
+            piece = logits[start : start + _CACHED]
+            weights = np.subtract(piece, largest, out=buffer[: piece.size])
+            if divisor != 1:
+                weights /= divisor
+            total += float(np.exp(weights, out=weights).sum())
+    return total
 
 
 def _sum(weights: Weights) -> float:

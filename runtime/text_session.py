@@ -6,10 +6,10 @@ from typing import Unpack
 
 from gpt2_edge.core import ModelCore, Prompt, row_seeds
 from gpt2_edge.errors import ContextLengthError, OptionError, SessionError
-from gpt2_edge.generation import GenerationRow, window_of
+from gpt2_edge.generation import GenerationRow, NextTokenRow, window_of
 from gpt2_edge.kv_cache import SequenceCache
 from gpt2_edge.options import GenerationOptions, OptionKeywords, Overflow
-from gpt2_edge.results import Generation
+from gpt2_edge.results import Generation, NextToken
 from gpt2_edge.session_file import SessionState, save_session
 from gpt2_edge.stream import TextStream
 
@@ -117,6 +117,21 @@ class Session:
         checked = self._core.options(options)
         self._row = self._make_row(self._settled(), checked)
         return TextStream(self._core.engine, self._row)
+
+    def next_tokens(self, k: int = 10) -> list[NextToken]:
+        """Return the k likeliest next tokens with their probabilities, the likeliest first; changes nothing.
+
+        Args:
+            k: How many; at most the vocabulary.
+
+        Raises:
+            OptionError: k is not allowed.
+            ContextLengthError: The context is more than full.
+        """
+        state = self._settled()
+        row = NextTokenRow(self._core.prompt_tokens(state.tokens))
+        row.initial_cache = state.cache
+        return self._core.next_tokens(row, k)
 
     def fork(self) -> "Session":
         """Return a session with the same text, which goes on by itself. Costs nothing."""

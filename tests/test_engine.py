@@ -251,12 +251,16 @@ def compute(engine: Engine, *rows: Row) -> None:
 
 @dataclass(frozen=True)
 class Join:
-    """Some rows come at once; as samples they have one prompt in common. `room` is what fits after the prompt."""
+    """Some rows come at once; as samples they have one prompt in common. `room` is what fits after the prompt.
+
+    All prompts may begin with the same `shared` tokens.
+    """
 
     count: int
     prompt: int
     wanted: int
     samples: bool = False
+    shared: int = 0
     room: int | None = None
     fails_after: int | None = None
 
@@ -282,7 +286,7 @@ class Leave:
     which: int
 
 
-LENGTHS: Final = st.one_of(st.integers(1, 6), st.sampled_from((127, 128, 129, 255, 256, 300)))
+LENGTHS: Final = st.one_of(st.integers(1, 6), st.sampled_from((255, 256, 257, 511, 512, 600)))
 EVENTS: Final = st.lists(
     st.one_of(
         st.builds(
@@ -291,6 +295,7 @@ EVENTS: Final = st.lists(
             prompt=LENGTHS,
             wanted=st.integers(1, 12),
             samples=st.booleans(),
+            shared=st.sampled_from((0, 0, 255, 256, 400, 512)),
             room=st.sampled_from((None, None, 1, 4)),
             fails_after=st.sampled_from((None, None, None, 0, 1, 4)),
         ),
@@ -331,13 +336,13 @@ def test_any_order_of_events(events: list[Any]) -> None:
 
 
 def joined(engine: Engine, event: Join, number: int) -> list[Spoken]:
-    group = object() if event.samples else None
     rows = []
     for place in range(event.count):
-        prompt = made_up_prompt(number if event.samples else 100 * number + place, event.prompt)
+        own = made_up_prompt(number if event.samples else 100 * number + place, event.prompt)
+        prompt = [*made_up_prompt(0, event.shared), *own][: event.prompt]
         limit = None if event.room is None else event.prompt + event.room
         row = Spoken(prompt, event.wanted, accent=place, limit=limit)
-        row.prompt_group, row.keeps_cache = group, True
+        row.keeps_cache = True
         if place == event.count - 1:
             row.fails_after = event.fails_after
         rows.append(row)
@@ -386,10 +391,8 @@ def test_decoding_goes_on_while_a_long_prompt_is_prefilled(engine: Engine, sessi
 
 
 def test_samples_of_one_prompt_share_its_prefill(engine: Engine, session: FakeSession) -> None:
-    prompt, group = made_up_prompt(2, 300), object()
+    prompt = made_up_prompt(2, 2 * PREFILL_CHUNK_TOKENS + 44)
     rows = [Spoken(prompt, wanted=6, accent=accent) for accent in range(10)]
-    for row in rows:
-        row.prompt_group = group
     compute(engine, *rows)
     for row in rows:
         row.check()
@@ -398,16 +401,14 @@ def test_samples_of_one_prompt_share_its_prefill(engine: Engine, session: FakeSe
 
 def test_samples_that_start_over_no_longer_share_anything(engine: Engine) -> None:
     """Each has forgotten the beginning, and kept what only it has said."""
-    prompt, group = made_up_prompt(3, 20), object()
+    prompt = made_up_prompt(3, 20)
     rows = [Spoken(prompt, wanted=30, accent=accent, limit=24) for accent in range(3)]
-    for row in rows:
-        row.prompt_group = group
     compute(engine, *rows)
     for row in rows:
         row.check()
 
 
-@pytest.mark.parametrize("length", [1, 127, 128, 129, 400])
+@pytest.mark.parametrize("length", [1, *range(PREFILL_CHUNK_TOKENS - 1, PREFILL_CHUNK_TOKENS + 2), 600])
 def test_logits_after_every_token(engine: Engine, length: int) -> None:
     talking = Spoken([1], wanted=20)
     engine.join([talking])
@@ -774,8 +775,8 @@ def test_other_threads_run_during_a_step(fp32_model: Model, monkeypatch: pytest.
     ticker = threading.Thread(target=tick)
     ticker.start()
     try:
-        for _ in range(10):
-            fp32_model.next_tokens(made_up_prompt(1, 400))
+        for seed in range(10):
+            fp32_model.next_tokens(made_up_prompt(seed, 400))
     finally:
         over.set()
         ticker.join()

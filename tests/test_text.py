@@ -11,11 +11,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gpt2_edge.errors import ModelFolderError, PromptError
+from gpt2_edge.file_content import whole_file
 from gpt2_edge.text import TextAssembler
 from gpt2_edge.tokenizer import Tokenizer
 
 TOKENIZER_PATH: Final = Path(__file__).resolve().parent.parent / "models" / "storyteller" / "tokenizer.json"
-TOKENIZER: Final = Tokenizer(TOKENIZER_PATH)
+TOKENIZER: Final = Tokenizer(whole_file(TOKENIZER_PATH))
 VOCABULARY_SIZE: Final = 8192
 END_OF_TEXT: Final = 0
 
@@ -267,7 +268,7 @@ def test_a_file_that_is_no_tokenizer(tmp_path: Path, content: str) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(ModelFolderError, match="is not a tokenizer"):
-        Tokenizer(path)
+        Tokenizer(whole_file(path))
 
 
 def test_truncation_and_padding_that_a_tokenizer_file_asks_for_are_ignored(tmp_path: Path) -> None:
@@ -284,4 +285,4 @@ def test_truncation_and_padding_that_a_tokenizer_file_asks_for_are_ignored(tmp_p
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(document), encoding="utf-8")
     for text in ("Once", TEXTS["plain"]):
-        assert Tokenizer(path).encode(text) == TOKENIZER.encode(text)
+        assert Tokenizer(whole_file(path)).encode(text) == TOKENIZER.encode(text)

@@ -10,6 +10,7 @@ import pytest
 
 import gpt2_edge
 from gpt2_edge import ContextLengthError, OptionError, PromptError, SessionError
+from gpt2_edge.session import StepSession
 
 PROMPT = "The old king had three sons, and"
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "ignore_eos": True}
@@ -93,8 +94,6 @@ def test_rewind_takes_back(fp32_model: gpt2_edge.Model) -> None:
 
 
 def test_only_what_is_new_is_computed(fp32_model: gpt2_edge.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpt2_edge.session import StepSession
-
     prefilled: list[int] = []
     original = StepSession.prefill
 
@@ -115,6 +114,44 @@ def test_only_what_is_new_is_computed(fp32_model: gpt2_edge.Model, monkeypatch: 
     session.replace(PROMPT + " nothing")
     session.generate(max_new_tokens=1)
     assert prefilled == [len(fp32_model.tokenize(PROMPT + " nothing")) - len(fp32_model.tokenize(PROMPT))]
+
+
+def test_next_tokens_go_on_from_what_was_computed(fp32_model: gpt2_edge.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    session = fp32_model.session()
+    assert session.next_tokens() == fp32_model.next_tokens("")
+    session.append(PROMPT)
+    session.generate(max_new_tokens=10, seed=1, **SAMPLING)
+    before = session.tokens
+    expected = fp32_model.next_tokens(before, 5)
+    prefilled: list[int] = []
+    original = StepSession.prefill
+
+    def counting(self: StepSession, slot: int, tokens: list[int], start: int, positions: Any) -> Any:
+        prefilled.append(len(tokens))
+        return original(self, slot, tokens, start, positions)
+
+    monkeypatch.setattr(StepSession, "prefill", counting)
+    found = session.next_tokens(5)
+    assert prefilled == [1]
+    assert [each.token for each in found] == [each.token for each in expected]
+    np.testing.assert_allclose([each.probability for each in found], [each.probability for each in expected], rtol=1e-4)
+    assert session.tokens == before
+    with pytest.raises(OptionError, match="k is 0"):
+        session.next_tokens(0)
+
+
+def test_next_tokens_change_nothing_of_what_follows(model: gpt2_edge.Model) -> None:
+    """Not even the last bits, in which INT8 would choose other tokens."""
+    results = []
+    for looks in (False, True):
+        session = model.session()
+        for turn in range(4):
+            session.append(" The king said that")
+            if looks:
+                session.next_tokens(3)
+            session.generate(max_new_tokens=12, seed=turn, **SAMPLING)
+        results.append(session.tokens)
+    assert results[0] == results[1]
 
 
 def test_replace_gives_what_a_fresh_prompt_gives(fp32_model: gpt2_edge.Model) -> None:
