@@ -1,4 +1,4 @@
-"""Make INT8 variants of an exported model folder."""
+"""Make INT8 and INT4 variants of an exported model folder."""
 
 if __name__ != "gpt2_edge.quantize":
     raise ImportError(f"this package is imported as gpt2_edge.quantize, not as {__name__}: run pip install .")

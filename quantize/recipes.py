@@ -7,32 +7,67 @@ from gpt2_edge.errors import OptionError
 
 
 @dataclass(frozen=True, slots=True)
+class MatrixFormat:
+    """How a matrix is stored and rounded.
+
+    Attributes:
+        bits: Of a weight: 4 or 8.
+        block_size: So many consecutive weights of an output share a scale. The kernel rounds activations in blocks of
+            the same size. None: all weights of an output share one, and all activations of a row.
+        rounding: "nearest", or "gptq", which makes the errors of the weights cancel over a calibration text.
+    """
+
+    bits: int
+    block_size: int | None
+    rounding: str
+
+
+@dataclass(frozen=True, slots=True)
 class Recipe:
     """How the matrices of a model are quantized.
 
     Attributes:
         name: What `--recipe` takes and the manifest records.
         precision: The manifest's precision.
-        bits: Bits of a weight.
-        block_size: So many consecutive weights of a row share a scale. The kernel rounds activations in blocks of
-            the same size.
+        linear: The matrices of the blocks.
+        head: The head, and with it the embedding that it is tied to.
+        centred: Whether the mean of what a matrix is multiplied with, over a calibration text, is taken out before
+            anything is rounded.
         note: What the recipe is for.
     """
 
     name: str
     precision: str
-    bits: int
-    block_size: int
+    linear: MatrixFormat
+    head: MatrixFormat
+    centred: bool
     note: str
 
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether it matters what the matrices are multiplied with."""
+        return self.centred or "gptq" in (self.linear.rounding, self.head.rounding)
 
-# Blocks of at most 64: with larger ones the kernel gives a row other bits in a batch than alone.
+
+def _nearest(bits: int, block_size: int | None) -> MatrixFormat:
+    return MatrixFormat(bits, block_size, "nearest")
+
+
+def _gptq(bits: int, block_size: int) -> MatrixFormat:
+    return MatrixFormat(bits, block_size, "gptq")
+
+
+# Blocks of at most 64 at 8 bits and 32 at 4 bits: with larger ones the kernel gives a row other bits in a batch than
+# alone.
 _ALL: Final = (
-    Recipe("int8-block64", "int8", 8, 64, "the default: 1.06 bytes a weight"),
-    Recipe("int8-block32", "int8", 8, 32, "closer to full precision: 1.13 bytes a weight, slower"),
+    Recipe("int8", "int8", _nearest(8, None), _nearest(8, 64), True, "the default: fast prefill"),
+    Recipe("int8-block64", "int8", _nearest(8, 64), _nearest(8, 64), True, "closer, but slower prefill"),
+    Recipe("int8-block32", "int8", _nearest(8, 32), _nearest(8, 32), True, "closest, and 6 % larger than int8-block64"),
+    Recipe("int4", "int4", _gptq(4, 32), _gptq(8, 64), True, "the default: 4-bit matrices, 8-bit head"),
+    Recipe("int4-small", "int4", _gptq(4, 128), _gptq(4, 32), True, "the smallest: a 4-bit head too"),
 )
 RECIPES: Final = {recipe.name: recipe for recipe in _ALL}
-_DEFAULTS: Final = {"int8": "int8-block64"}
+_DEFAULTS: Final = {"int8": "int8", "int4": "int4"}
 
 
 def default_recipe(precision: str) -> Recipe:

@@ -9,12 +9,14 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from gpt2_edge.attention_path import whole_matrix_attention
 from gpt2_edge.errors import ModelFolderError
-from gpt2_edge.external_data import check_external_data
 from gpt2_edge.folder import ModelFolder
 from gpt2_edge.graph_names import key_value_names
+from gpt2_edge.graph_session import open_graph
 from gpt2_edge.kv_cache import KVCache, SequenceCache
 from gpt2_edge.onnxruntime_import import onnxruntime
+from gpt2_edge.saturation import products_saturate
 
 Logits = npt.NDArray[np.float32]
 
@@ -35,12 +37,11 @@ class StepSession:
     """
 
     def __init__(self, folder: ModelFolder, threads: int) -> None:
-        _check_onnxruntime_version(folder)
-        check_external_data(folder)
+        check_onnxruntime_version(folder)
         self.architecture = folder.manifest.architecture
         self.threads = threads
-        self._session = _create_session(folder, threads)
-        _check_signature(folder, self._session)
+        self._session = create_session(folder, threads)
+        check_signature(folder, self._session)
         self._key_value_inputs, self._key_value_outputs = key_value_names(self.architecture.layers)
         try:
             self._cache = KVCache(self.architecture, slots=1)
@@ -101,7 +102,7 @@ class StepSession:
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
         self._prefill_options = onnxruntime.RunOptions()
-        self._session.run_with_iobinding(binding, self._prefill_options)
+        self._run(binding, self._prefill_options)
         return logits
 
     def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
@@ -120,7 +121,7 @@ class StepSession:
                 self._bind_cache(0, len(tokens)), len(tokens), self.architecture.vocabulary_size
             )
         step.write(tokens, lengths)
-        self._session.run_with_iobinding(step.binding)
+        self._run(step.binding)
         return step.logits
 
     def terminate_prefill(self) -> None:
@@ -144,6 +145,12 @@ class StepSession:
         self._decode_steps.clear()
         self._prefill_bindings.clear()
         del self._session, self._cache
+
+    def _run(self, binding: Any, options: Any = None) -> None:
+        try:
+            self._session.run_with_iobinding(binding, options)
+        except Exception as error:  # ONNX Runtime has no errors of its own
+            raise ModelFolderError(f"ONNX Runtime cannot compute the graph: {first_line(error)}") from error
 
     def _replace_cache(self, slots: int, lengths: Mapping[int, int]) -> None:
         cache = KVCache(self.architecture, slots)
@@ -198,27 +205,48 @@ class _DecodeStep:
         self._longest_view[0] = max(lengths) + 1
 
 
-def _create_session(folder: ModelFolder, threads: int) -> Any:
+def create_session(folder: ModelFolder, threads: int) -> Any:
+    """Give a folder's graph to ONNX Runtime, on the CPU.
+
+    Raises:
+        ModelFolderError: It cannot load it.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only: an app's standard error is not ours to fill
+    options.log_severity_level = 4  # what fails is raised; an app's standard error is not ours to fill
     # Threads that wait busily between two tokens save a fifth of the time; longer would only heat an idle app.
     options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
+    if folder.manifest.precision == "int8" and products_saturate():
+        # Elsewhere it would only take the fastest kernels away.
+        options.add_session_config_entry("session.x64quantprecision", "1")
     try:
-        return onnxruntime.InferenceSession(
-            str(folder.graph_path),
-            options,
-            providers=["CPUExecutionProvider"],
-            # The fused kernel is several times slower on CPUs than the two operators it replaces.
-            disabled_optimizers=["SkipLayerNormFusion"],
-        )
+        with whole_matrix_attention():
+            return open_graph(
+                folder,
+                folder.manifest.graphs["decoder"],
+                options,
+                providers=["CPUExecutionProvider"],
+                # The fused kernel is several times slower on CPUs than the two operators it replaces.
+                disabled_optimizers=["SkipLayerNormFusion"],
+            )
+    except ModelFolderError:
+        raise
     except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelFolderError(f"ONNX Runtime cannot load {folder.graph_path}: {reason}") from error
+        raise ModelFolderError(f"ONNX Runtime cannot load {folder.graph_path}: {first_line(error)}") from error
 
 
-def _check_onnxruntime_version(folder: ModelFolder) -> None:
+def first_line(error: Exception) -> str:
+    """Return what ONNX Runtime says, without the calls that led there."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def check_onnxruntime_version(folder: ModelFolder) -> None:
+    """Refuse a folder that needs a newer ONNX Runtime.
+
+    Raises:
+        ModelFolderError: It does.
+    """
     needed, installed = folder.manifest.minimum_onnxruntime, onnxruntime.__version__
     if _version_numbers(installed) < _version_numbers(needed):
         raise ModelFolderError(
@@ -232,11 +260,19 @@ def _version_numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers + [0] * (4 - len(numbers)))
 
 
-def _check_signature(folder: ModelFolder, session: Any) -> None:
-    """Compare the graph's inputs and outputs, their types and fixed dimensions with what this class binds."""
+def check_signature(folder: ModelFolder, session: Any) -> None:
+    """Compare the graph's inputs and outputs, their types and fixed dimensions with what a session binds.
+
+    Raises:
+        ModelFolderError: They differ.
+    """
     architecture = folder.manifest.architecture
     past, present = key_value_names(architecture.layers)
-    cache = ("tensor(float)", [None, architecture.heads, None, architecture.head_size])
+    cache_type = "tensor(float16)" if folder.manifest.precision == "fp16" else "tensor(float)"
+    # A graph may have been made for the capacity that the cache always has, the context length.
+    capacities = {node.shape[2] for node in session.get_inputs() if node.name in past and len(node.shape) == 4}
+    capacity = architecture.context_length if capacities == {architecture.context_length} else None
+    cache = (cache_type, [None, architecture.heads, capacity, architecture.head_size])
     inputs = {
         "input_ids": ("tensor(int64)", [None, None]),
         "position_ids": ("tensor(int64)", [None, None]),

@@ -8,6 +8,7 @@ from typing import Any
 
 from gpt2_edge.errors import MissingDependencyError
 from gpt2_edge.folder import ModelFolder, open_folder
+from gpt2_edge.quality_table import quality_rows
 from gpt2_edge.telemetry import telemetry_state
 from gpt2_edge.threads import usable_cores
 from gpt2_edge.version import VERSION
@@ -23,10 +24,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the manifest's contents and this machine's."""
     folder = open_folder(arguments.folder)
     if arguments.json:
-        document = {"folder": str(folder.path), **json.loads(folder.manifest.to_json()), "here": _here()}
+        document = {"folder": str(folder.path), **json.loads(folder.manifest.to_json()), "here": _here(folder)}
         print(json.dumps(document, indent=2, ensure_ascii=False))
         return 0
-    rows = [*_about_the_model(folder), *_here().items()]
+    rows = [*_about_the_model(folder), *_here(folder).items()]
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"{name:<{width}}  {value}")
@@ -44,22 +45,27 @@ def _about_the_model(folder: ModelFolder) -> list[tuple[str, str]]:
         ("shape", f"{shape.layers} layers, {shape.heads} heads, width {shape.width}, {shape.activation}"),
         ("context", f"{shape.context_length} tokens, KV cache {_cache_bytes(folder) / 1e6:.1f} MB when full"),
         ("vocabulary", f"{shape.vocabulary_size} tokens, end of text {manifest.end_of_text}"),
-        *((f"measured: {name}", _plain(values)) for name, values in manifest.measured.items()),
+        *_measured(manifest.measured),
         ("needs", f"ONNX Runtime {manifest.minimum_onnxruntime} or newer"),
         ("made with", ", ".join(f"{name} {version}" for name, version in manifest.tools.items())),
     ]
 
 
-def _here() -> dict[str, str]:
+def _here(folder: ModelFolder) -> dict[str, str]:
     try:
+        from gpt2_edge.device import why_not_cuda
         from gpt2_edge.onnxruntime_import import onnxruntime
 
         installed = f"{onnxruntime.__version__}, providers {', '.join(onnxruntime.get_available_providers())}"
+        obstacle = why_not_cuda(folder)
+        on_the_cpu = "no device" if folder.manifest.precision == "fp16" else "cpu by default"
+        device = "cuda:0 by default" if obstacle is None else f"{on_the_cpu}: {obstacle}"
     except MissingDependencyError as error:
-        installed = str(error)
+        installed, device = str(error), "none"
     return {
         "gpt2-edge here": f"{VERSION} on Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         "onnxruntime here": installed,
+        "device here": device,
         "threads here": f"{usable_cores()} by default",
         "telemetry here": telemetry_state(),
     }
@@ -72,7 +78,18 @@ def _source(source: Mapping[str, Any]) -> str:
 
 def _cache_bytes(folder: ModelFolder) -> int:
     shape = folder.manifest.architecture
-    return 2 * 4 * shape.layers * shape.heads * shape.context_length * shape.head_size
+    bytes_of_a_number = 2 if folder.manifest.precision == "fp16" else 4
+    return 2 * bytes_of_a_number * shape.layers * shape.heads * shape.context_length * shape.head_size
+
+
+def _measured(measured: Mapping[str, Any]) -> list[tuple[str, str]]:
+    rows = []
+    for name, values in measured.items():
+        if name == "quality" and isinstance(values, dict):
+            rows += [(f"quality: {row}", value) for row, value in quality_rows(values)]
+        else:
+            rows.append((f"measured: {name}", _plain(values)))
+    return rows
 
 
 def _plain(values: Any) -> str:

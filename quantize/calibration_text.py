@@ -1,0 +1,57 @@
+"""The text that centring and GPTQ look at: a given one, or what the model writes itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from gpt2_edge.model import Model, load
+from gpt2_edge.quantize.quality import windows_of
+from gpt2_edge.quantize.texts import OWN_TITLE, read_text
+
+_WINDOW_TOKENS: Final = 512
+_MOST_WINDOWS: Final = 64
+_OWN_WINDOWS: Final = 16  # as many as the model generates side by side
+_SEED: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class CalibrationText:
+    """What the full-precision model is run over.
+
+    Attributes:
+        title: Which text it is.
+        windows: Tokens; each window is predicted on its own.
+    """
+
+    title: str
+    windows: Sequence[Sequence[int]]
+
+
+def choose_calibration_text(given: Path | None, source: Path) -> CalibrationText:
+    """Return the given text or, without one, what the model writes itself, which fits any model.
+
+    On the storyteller at 4 bits the divergence was 0.0108 with 16 windows of its own text, 0.0106 with as many of its
+    calibration text and 0.0100 with 64 of those; 0.0165 with Python source code, and 0.053 with no text at all.
+
+    Args:
+        given: A UTF-8 file; None if none was given.
+        source: The fp32 folder.
+
+    Raises:
+        OptionError: The text cannot be read.
+        PromptError: The text is too short.
+    """
+    with load(source, verify_hashes=False) as model:
+        length = min(_WINDOW_TOKENS, model.context_length)
+        if given is None:
+            return CalibrationText(OWN_TITLE, _own_windows(model, length))
+        return CalibrationText(given.name, windows_of(model.tokenize(read_text(given)), length, _MOST_WINDOWS))
+
+
+def _own_windows(model: Model, length: int) -> list[list[int]]:
+    start = model.manifest.end_of_text or 0
+    texts = model.generate(
+        [start], n=_OWN_WINDOWS, max_new_tokens=length - 1, temperature=1.0, seed=_SEED, ignore_eos=True
+    )
+    return [[start, *text.tokens] for text in texts]
