@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from gpt2_edge.benchmarks.peers.options import add_peer_arguments, peer_models_from
 from gpt2_edge.benchmarks.plan import DEFAULT_BATCHES, DEFAULT_NEW_TOKENS, DEFAULT_REPETITIONS, Settings
 from gpt2_edge.benchmarks.report import Report
 from gpt2_edge.errors import MissingDependencyError, OptionError
@@ -33,11 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--sample-seconds", metavar="S", type=float, default=0.25, help="repeat what is over sooner (default: 0.25)"
     )
     lengths.add_argument("--threads", metavar="N,...", type=_counts, help="threads that compute, a row for each number")
-    lengths.add_argument("--device", default="auto", help="cpu, or auto (the default)")
+    lengths.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ..., or auto (the default)")
     lengths.add_argument("--text", metavar="FILE", type=Path, help="held-out text to measure quality over, UTF-8")
     lengths.add_argument("--quality-tokens", metavar="N", type=int, help="at most so many of it; 0 leaves quality out")
     lengths.add_argument("--quick", action="store_true", help="about a minute: 3 repetitions, batch 1, less text")
     lengths.add_argument("--sustain", metavar="SECONDS", type=float, default=0.0, help="then decode without a pause")
+    add_peer_arguments(parser)
     output = parser.add_argument_group("what is shown")
     output.add_argument("--format", choices=FORMATS, default="table", help="of the result (default: table)")
     output.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the result there, and show the table")
@@ -58,7 +60,9 @@ def run(arguments: argparse.Namespace) -> int:
     earlier = None if arguments.compare is None else _read_report(arguments.compare)
     if arguments.plot is not None:
         check_plot(arguments.plot)
-    coordinator = Coordinator(arguments.folders, settings_from(arguments), arguments.text)
+    settings = settings_from(arguments)
+    peers = peer_models_from(arguments)
+    coordinator = Coordinator(arguments.folders, settings, arguments.text, peers)
     with Progress("bench", total=coordinator.steps) as progress:
         coordinator.measure(progress.start, progress.advance)
     report = coordinator.report()

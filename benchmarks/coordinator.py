@@ -13,21 +13,22 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
-from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
 from gpt2_edge.benchmarks.bandwidth import read_bandwidth
 from gpt2_edge.benchmarks.environment import describe_environment
-from gpt2_edge.benchmarks.perplexity import windows_of
+from gpt2_edge.benchmarks.peers.preparation import PeerModel
+from gpt2_edge.benchmarks.peers.subject import PeerSubject
+from gpt2_edge.benchmarks.perplexity import bench_windows
 from gpt2_edge.benchmarks.plan import Settings, SpeedTest, plan_tests
 from gpt2_edge.benchmarks.report import Report
 from gpt2_edge.benchmarks.subject import Subject
 from gpt2_edge.benchmarks.worker_process import WorkerDiedError, WorkerError
 from gpt2_edge.errors import Gpt2EdgeError, OptionError
+from gpt2_edge.quantize.texts import held_out_text, read_text
 from gpt2_edge.threads import usable_cores
 
-_EXCERPT_NAME: Final = "held_out.txt"
 _EXCERPT_TITLE: Final = "the excerpt that comes with gpt2-edge"
 _IDLE_SECONDS: Final = 1.0
 _SUSTAINED_SAMPLE_TOKENS: Final = 64
@@ -43,12 +44,19 @@ class Coordinator:
         folders: Model folders, or "storyteller".
         settings: What is measured.
         text: A UTF-8 file to measure quality over; None takes the excerpt that comes with gpt2-edge.
+        peers: Other programs' models, measured beside the folders.
 
     Attributes:
         steps: How many times `on_step` is called, unless something fails.
     """
 
-    def __init__(self, folders: Sequence[str | Path], settings: Settings, text: Path | None = None) -> None:
+    def __init__(
+        self,
+        folders: Sequence[str | Path],
+        settings: Settings,
+        text: Path | None = None,
+        peers: Sequence[PeerModel] = (),
+    ) -> None:
         self._settings = settings
         self._text_title, self._text = _read_text(text)
         self._text_path = text
@@ -56,14 +64,18 @@ class Coordinator:
         self._created_at = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
         self._environment = describe_environment()
         self._folders = [str(folder) for folder in folders]
-        self._subjects = _subjects(self._folders, settings)
+        self._peers = peers
+        own_subjects = _subjects(self._folders, settings)
+        _check_source(own_subjects, peers)
+        self._subjects = [*own_subjects, *_peer_subjects(peers, settings)]
         self._tests = self._plan_tests()
         self._interrupted = False
         self._on_stage: OnStage = lambda _: None
         self._on_step: OnStep = lambda: None
-        rounds = len(self._tests) * (1 + settings.repetitions) + 2 * settings.repetitions
-        extras = 1 + 2 + bool(settings.quality_tokens) + bool(settings.sustain_seconds)
-        self.steps = len(self._alive()) * (rounds + extras)
+        rounds = len(self._tests) * (1 + settings.repetitions)
+        extras = 1 + 2 + bool(settings.sustain_seconds)
+        own_extras = 2 * settings.repetitions + bool(settings.quality_tokens)
+        self.steps = len(self._alive()) * (rounds + extras) + len(self._own_alive()) * own_extras
 
     def measure(self, on_stage: OnStage | None = None, on_step: OnStep | None = None) -> None:
         """Measure everything; on Ctrl-C, stop where it is.
@@ -94,7 +106,11 @@ class Coordinator:
         """Return what was measured so far."""
         return Report(
             created_at=self._created_at,
-            command=("gpt2-edge", "bench", *self._folders, *_arguments(self._settings, self._text_path)),
+            command=(
+                *("gpt2-edge", "bench", *self._folders),
+                *_arguments(self._settings, self._text_path),
+                *_peer_arguments(self._peers),
+            ),
             settings=json.loads(json.dumps(asdict(self._settings))),
             environment=self._environment,
             variants=tuple(subject.variant() for subject in self._subjects),
@@ -116,8 +132,8 @@ class Coordinator:
             backwards = repetition % 2 == 1
             for test in self._tests:
                 self._each(partial(Subject.sample_speed, test=test, sample_seconds=sample_seconds), backwards)
-            self._each(partial(Subject.sample_latency, settings=self._settings), backwards)
-            self._each(_sample_bandwidth, backwards)
+            self._each(partial(Subject.sample_latency, settings=self._settings), backwards, self._own_alive())
+            self._each(_sample_bandwidth, backwards, self._own_alive())
 
     def _measure_processes(self) -> None:
         self._on_stage("memory and idle CPU")
@@ -134,9 +150,18 @@ class Coordinator:
     def _alive(self) -> list[Subject]:
         return [subject for subject in self._subjects if subject.alive]
 
-    def _each(self, measure: Callable[[Subject], object], backwards: bool = False) -> None:
+    def _own_alive(self) -> list[Subject]:
+        """Those that are measured in full: a peer is measured by its speed, memory and size."""
+        return [subject for subject in self._alive() if not isinstance(subject, PeerSubject)]
+
+    def _each(
+        self,
+        measure: Callable[[Subject], object],
+        backwards: bool = False,
+        subjects: list[Subject] | None = None,
+    ) -> None:
         """Do something with each model in turn; one whose process ends is not asked again."""
-        subjects = self._alive()
+        subjects = self._alive() if subjects is None else subjects
         for subject in reversed(subjects) if backwards else subjects:
             with _blamed_on(subject):
                 measure(subject)
@@ -144,15 +169,15 @@ class Coordinator:
 
     def _measure_quality(self) -> None:
         # Threads do not change the logits, so one row of each folder is enough.
-        first_of_folder = {subject.folder: subject for subject in reversed(self._alive())}
-        subjects = [subject for subject in self._alive() if first_of_folder[subject.folder] is subject]
+        first_of_folder = {subject.folder: subject for subject in reversed(self._own_alive())}
+        subjects = [subject for subject in self._own_alive() if first_of_folder[subject.folder] is subject]
         reference = next((subject for subject in subjects if subject.precision == "fp32"), None)
         compared = [subject for subject in subjects if reference and subject.same_vocabulary(reference)]
         alone = [[subject] for subject in subjects if subject not in compared]
         for group in [compared, *alone] if compared else alone:
             with _blamed_on(group[0]):
                 self._measure_quality_of(group)
-        for subject in self._alive():
+        for subject in self._own_alive():
             subject.take_quality_from(first_of_folder[subject.folder])
             self._on_step()
 
@@ -160,7 +185,7 @@ class Coordinator:
         """Let models with the same vocabulary predict the text, window by window; the first is the reference."""
         reference, *others = subjects
         shortest_context = min(subject.context_length for subject in subjects)
-        windows = windows_of(reference.tokenize(self._text), shortest_context, self._settings.quality_tokens)
+        windows = bench_windows(reference.tokenize(self._text), shortest_context, self._settings.quality_tokens)
         reference.begin_quality(self._text_title, None)
         for subject in others:
             subject.begin_quality(self._text_title, reference.name)
@@ -186,6 +211,7 @@ def run(
     *,
     settings: Settings | None = None,
     text: str | Path | None = None,
+    peers: Sequence[PeerModel] = (),
     on_stage: OnStage | None = None,
 ) -> Report:
     """Measure speed, memory and quality of model folders side by side.
@@ -194,6 +220,7 @@ def run(
         folders: A model folder or several, or "storyteller".
         settings: What is measured; None takes the defaults.
         text: A UTF-8 file to measure quality over; None takes the excerpt that comes with gpt2-edge.
+        peers: Other programs' models, from `gpt2_edge.benchmarks.peers.preparation.prepare_peers`.
         on_stage: Called with a description when something else begins.
 
     Returns:
@@ -201,11 +228,11 @@ def run(
         measured until then.
 
     Raises:
-        OptionError: There is no folder, or the text cannot be used.
+        OptionError: There is no folder, the text cannot be used, or the peers run another checkpoint.
     """
     if isinstance(folders, str | Path):
         folders = [folders]
-    coordinator = Coordinator(folders, settings or Settings(), None if text is None else Path(text))
+    coordinator = Coordinator(folders, settings or Settings(), None if text is None else Path(text), peers)
     coordinator.measure(on_stage)
     return coordinator.report()
 
@@ -227,6 +254,26 @@ def _subjects(folders: Sequence[str], settings: Settings) -> list[Subject]:
     ]
 
 
+def _peer_subjects(peers: Sequence[PeerModel], settings: Settings) -> list[Subject]:
+    threads = settings.threads or (usable_cores(),)
+    return [
+        PeerSubject(peer.name if len(threads) == 1 else f"{peer.name} ({count} thr.)", peer, count)
+        for peer in peers
+        for count in threads
+    ]
+
+
+def _check_source(subjects: Sequence[Subject], peers: Sequence[PeerModel]) -> None:
+    """Refuse to compare folders with peers that run other weights."""
+    for subject in subjects:
+        for peer in peers:
+            if subject.alive and subject.manifest.source.get("sha256") != peer.checkpoint.source:
+                raise OptionError(
+                    f"{subject.folder} was not exported from the checkpoint {peer.checkpoint.folder}: give the "
+                    "checkpoint that it was exported from, so that the peers run the same model"
+                )
+
+
 def _sample_bandwidth(subject: Subject) -> None:
     subject.add_bandwidth(read_bandwidth(subject.weights_bytes, usable_cores()))
 
@@ -245,15 +292,8 @@ def _blamed_on(subject: Subject) -> Iterator[None]:
 def _read_text(path: Path | None) -> tuple[str, str]:
     """Return the title and the contents of the text for quality."""
     if path is None:
-        excerpt = resources.files("gpt2_edge.benchmarks") / _EXCERPT_NAME
-        return _EXCERPT_TITLE, excerpt.read_text(encoding="utf-8")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read the text {path}: {error}") from error
-    if not text.strip():
-        raise OptionError(f"the text {path} is empty: give one of at least a few hundred words")
-    return path.name, text
+        return _EXCERPT_TITLE, held_out_text()
+    return path.name, read_text(path)
 
 
 def _arguments(settings: Settings, text: Path | None) -> list[str]:
@@ -277,3 +317,10 @@ def _arguments(settings: Settings, text: Path | None) -> list[str]:
     if settings.sustain_seconds:
         arguments += ["--sustain", f"{settings.sustain_seconds:g}"]
     return arguments if text is None else [*arguments, "--text", str(text)]
+
+
+def _peer_arguments(peers: Sequence[PeerModel]) -> list[str]:
+    if not peers:
+        return []
+    names = ",".join(dict.fromkeys(peer.peer.name for peer in peers))
+    return ["--peers", names, "--checkpoint", str(peers[0].checkpoint.folder)]

@@ -153,6 +153,7 @@ class Variant:
         error: Why it could not be measured, or not to the end; None if it could.
         threads: Threads that compute.
         device: Where it ran.
+        peer: Package and version of the other program that ran it; None for gpt2-edge itself.
         precision: "fp32" or "int8".
         recipe: How it was quantized.
         parameters: How many weights.
@@ -177,6 +178,7 @@ class Variant:
     error: str | None = None
     threads: int | None = None
     device: str | None = None
+    peer: str | None = None
     precision: str | None = None
     recipe: str | None = None
     parameters: int | None = None

@@ -63,9 +63,10 @@ def megabytes(count: int | None) -> str:
     return NOTHING if count is None else f"{count / 1e6:,.0f} MB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
-def _sheet(title: str, report: Report, columns: Sequence[_Column]) -> Sheet:
+def _sheet(title: str, report: Report, columns: Sequence[_Column], with_peers: bool = True) -> Sheet:
     names, cells = zip(*columns, strict=True)
-    rows = tuple((variant.name, *(cell(variant) for cell in cells)) for variant in report.variants)
+    variants = [variant for variant in report.variants if with_peers or variant.peer is None]
+    rows = tuple((variant.name, *(cell(variant) for cell in cells)) for variant in variants)
     return Sheet(title, ("model", *names), rows)
 
 
@@ -116,6 +117,7 @@ def _latency(report: Report) -> Sheet:
             ("sampling", percent("sampling_share")),
             ("Python", percent("python_share")),
         ],
+        with_peers=False,
     )
 
 
@@ -162,6 +164,7 @@ def _quality(report: Report) -> Sheet:
             ),
             ("same top", _same_top),
         ],
+        with_peers=False,
     )
 
 

@@ -50,18 +50,13 @@ class Subject:
         self._idle_cpu_percent: float | None = None
         self._tally = QualityTally()
         self._quality: Quality | None = None
-
-        try:
-            self._manifest = open_folder(folder).manifest
-            self.alive = True
-        except Gpt2EdgeError as error:
-            self.fail(str(error))
+        self._open()
 
     def start(self, device: str) -> None:
         """Load the model in a process of its own; if that fails, the row says why."""
         try:
-            self._process = WorkerProcess()
-            self._loaded = self._process.ask("load", folder=self.folder, device=device, threads=self._asked_threads)
+            self._process = self._start_process()
+            self._loaded = self._process.ask("load", **self._load_arguments(device))
         except (Gpt2EdgeError, OSError) as error:
             self.fail(str(error))
 
@@ -178,19 +173,6 @@ class Subject:
 
     def variant(self) -> Variant:
         """Return the row as it is now."""
-        manifest = self._manifest
-        facts: dict[str, Any] = {}
-        if manifest is not None:
-            facts = {
-                "precision": manifest.precision,
-                "recipe": None if manifest.recipe is None else str(manifest.recipe.get("name")),
-                "parameters": parameters(manifest),
-                "size_bytes": manifest.size_bytes,
-                "weights_bytes": weights_bytes(manifest),
-                "context_length": manifest.architecture.context_length,
-                "vocabulary_size": manifest.architecture.vocabulary_size,
-                "content_sha256": manifest.content_sha256,
-            }
         return Variant(
             name=self.name,
             folder=self.folder,
@@ -206,8 +188,37 @@ class Subject:
             quality=self._quality or self._own_quality(),
             sustained=self._sustained_speed(),
             notes=tuple(self._notes),
-            **facts,
+            **self._facts(),
         )
+
+    def _open(self) -> None:
+        try:
+            self._manifest = open_folder(self.folder).manifest
+            self.alive = True
+        except Gpt2EdgeError as error:
+            self.fail(str(error))
+
+    def _start_process(self) -> WorkerProcess:
+        return WorkerProcess()
+
+    def _load_arguments(self, device: str) -> dict[str, Any]:
+        return {"folder": self.folder, "device": device, "threads": self._asked_threads}
+
+    def _facts(self) -> dict[str, Any]:
+        """Return what is known of the model without running it."""
+        manifest = self._manifest
+        if manifest is None:
+            return {}
+        return {
+            "precision": manifest.precision,
+            "recipe": None if manifest.recipe is None else str(manifest.recipe.get("name")),
+            "parameters": parameters(manifest),
+            "size_bytes": manifest.size_bytes,
+            "weights_bytes": weights_bytes(manifest),
+            "context_length": manifest.architecture.context_length,
+            "vocabulary_size": manifest.architecture.vocabulary_size,
+            "content_sha256": manifest.content_sha256,
+        }
 
     def _ask(self, do: str, **arguments: Any) -> dict[str, Any]:
         if self._process is None:
@@ -278,7 +289,7 @@ class Subject:
         )
 
     def _own_quality(self) -> Quality | None:
-        return self._tally.quality(self._quality_text, self._quality_reference) if self._tally.losses else None
+        return self._tally.quality(self._quality_text, self._quality_reference) if self._tally.logprobs else None
 
     def _sustained_speed(self) -> SustainedSpeed | None:
         if not self._sustained:

@@ -10,11 +10,14 @@ def summary_sentences(report: Report) -> list[str]:
     Without one, or if it is alone, say what each row is by itself.
     """
     measured = [variant for variant in report.variants if variant.error is None and variant.load_seconds is not None]
+    own = [variant for variant in measured if variant.peer is None]
     reference = reference_of(report)
-    others = [each for each in measured if reference and each is not reference and each.threads == reference.threads]
+    others = [each for each in own if reference and each is not reference and each.threads == reference.threads]
     if reference is None or not others:
-        return [_sentence_alone(variant) for variant in measured]
-    return [_sentence(variant, reference) for variant in others]
+        sentences = [_sentence_alone(variant) for variant in own]
+    else:
+        sentences = [_sentence(variant, reference) for variant in others]
+    return sentences + _peer_sentences(own, [variant for variant in measured if variant.peer is not None])
 
 
 def reference_of(report: Report) -> Variant | None:
@@ -62,6 +65,10 @@ def _first_measured(variant: Variant, kind: str) -> str | None:
     return next((name for name in variant.speeds if name.startswith(kind) and variant.speed(name)), None)
 
 
+def _last_measured(variant: Variant, kind: str) -> str | None:
+    return next((name for name in reversed(variant.speeds) if name.startswith(kind) and variant.speed(name)), None)
+
+
 def _skipped(variant: Variant) -> list[str]:
     by_reason: dict[str, list[str]] = {}
     for name, speed in variant.speeds.items():
@@ -87,6 +94,29 @@ def _sentence(variant: Variant, reference: Variant) -> str:
     sentence = f"{variant.name} is {' and '.join(part for part in parts if part)}"
     quality = _quality_clause(variant.quality)
     return f"{sentence}; {quality}." if quality else f"{sentence}."
+
+
+def _peer_sentences(own: list[Variant], peers: list[Variant]) -> list[str]:
+    """Compare each row with the fastest peer of as many threads: decoding, and the longest prompt."""
+    sentences = []
+    for variant in own:
+        rivals = [peer for peer in peers if peer.threads == variant.threads]
+        tests = {"decodes": _first_measured(variant, "tg"), "reads prompts": _last_measured(variant, "pp")}
+        clauses = [_peer_clause(verb, test, variant, rivals) for verb, test in tests.items() if test is not None]
+        if any(clauses):
+            sentences.append(f"{variant.name} {' and '.join(clause for clause in clauses if clause)}.")
+    return sentences
+
+
+def _peer_clause(verb: str, test: str, variant: Variant, peers: list[Variant]) -> str:
+    speeds = [(speed.mean, place) for place, peer in enumerate(peers) if (speed := peer.speed(test)) is not None]
+    if not speeds:
+        return ""
+    fastest = peers[max(speeds)[1]]
+    ratio = supported_ratio(variant.speed(test), fastest.speed(test))
+    if ratio is None:
+        return f"{verb} not faster or slower than the fastest peer, {fastest.name}, beyond the spread ({test})"
+    return f"{verb} {ratio} as fast as the fastest peer, {fastest.name} ({test})"
 
 
 def _speed_clause(variant: Variant, reference: Variant) -> str:

@@ -109,9 +109,6 @@ class Worker:
         """Return the seconds that the timed part of a test took."""
         prompt = self._random_tokens(n_prompt or max(n_depth, 1))
         rows = [RandomTokensRow(prompt, self._random_tokens(n_gen)) for _ in range(batch)]
-        group = object()  # rows of a batch share the part that is not timed
-        for row in rows:
-            row.prompt_group = group
         self._model._core.run(rows)
         if n_prompt:
             return rows[0].prefilled_at - rows[0].started_at

@@ -4,6 +4,8 @@ import contextlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
 
@@ -21,16 +23,33 @@ class WorkerDiedError(WorkerError):
 
 
 class WorkerProcess:
-    """A process of its own for one model."""
+    """A process of its own for one model.
 
-    def __init__(self) -> None:
+    Args:
+        command: What to start; None for `gpt2_edge.benchmarks.worker`.
+        environment: Variables that it sees; None for those of this process.
+        log: File that what it prints is added to; None lets it print.
+    """
+
+    def __init__(
+        self,
+        command: Sequence[str] | None = None,
+        environment: Mapping[str, str] | None = None,
+        log: Path | None = None,
+    ) -> None:
+        self._printed = "above" if log is None else f"in {log}"
+        output = None if log is None else log.open("ab")
         self._process = subprocess.Popen(
             # -P: what lies in the working directory is not imported.
-            [sys.executable, "-P", "-m", "gpt2_edge.benchmarks.worker"],
+            command or [sys.executable, "-P", "-m", "gpt2_edge.benchmarks.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             encoding="utf-8",
+            env=environment,
+            stderr=output,
         )
+        if output is not None:
+            output.close()
         self._requests = cast(IO[str], self._process.stdin)
         self._answers = cast(IO[str], self._process.stdout)
 
@@ -78,4 +97,4 @@ class WorkerProcess:
         if status < 0:
             hint = ": out of memory?" if status == -9 else ""
             return f"its process was ended by signal {-status}{hint}"
-        return f"its process ended with status {status}; what it printed is above"
+        return f"its process ended with status {status}; what it printed is {self._printed}"

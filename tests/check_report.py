@@ -2,8 +2,8 @@
 
 python tests/check_report.py REPORT.html FOLDER
 
-Takes screenshots into FOLDER, light and dark, wide and narrow, to be looked at. No part of the test suite, because it
-needs a browser: `make check-report`.
+Takes screenshots into FOLDER, light and dark, wide and narrow, to be looked at: `make check-report`. The test suite
+does it with a made-up report, where there is a browser.
 """
 
 import argparse

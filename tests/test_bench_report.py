@@ -5,6 +5,9 @@ import errno
 import io
 import json
 import re
+import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -34,6 +37,8 @@ from gpt2_edge.benchmarks.summary import remarks, summary_sentences
 from gpt2_edge.benchmarks.table import fitting_parts, print_tables
 from gpt2_edge.errors import OptionError
 
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHECK_REPORT = Path(__file__).with_name("check_report.py")
 LONG_NAME = "a-model-folder-with-quite-a-long-name-int8"
 
 
@@ -303,6 +308,22 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
         for name in ("src", "href"):
             assert attributes.get(name) in (None, "data:,"), (tag, attributes)
         assert not any(name.startswith("on") or name == "style" for name in attributes)
+
+
+@pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium is installed")
+@pytest.mark.parametrize(
+    ("added", "problem"),
+    [("", ""), ("<style>svg { display: none }</style><script>1</script>", "0 charts are visible")],
+)
+def test_a_browser_shows_the_page(added: str, problem: str, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(to_html(REPORT).replace("</body>", f"{added}</body>"), encoding="utf-8")
+    shown = subprocess.run(
+        [sys.executable, CHECK_REPORT, page, tmp_path / "pictures"], capture_output=True, encoding="utf-8", timeout=250
+    )
+    assert shown.returncode == bool(problem), shown.stdout + shown.stderr
+    assert problem in shown.stdout
+    assert ("CONSOLE" in shown.stdout) == bool(problem)  # the page lets no script run
 
 
 def test_the_page_says_what_the_table_says() -> None:

@@ -20,7 +20,7 @@ from gpt2_edge.benchmarks.stopwatch import Stopwatch
 from gpt2_edge.benchmarks.subject import Subject
 from gpt2_edge.benchmarks.worker_process import WorkerError, WorkerProcess
 from gpt2_edge.errors import OptionError
-from gpt2_edge.quantize.quality import compare_logits
+from gpt2_edge.quantize.quality import measure_quality
 
 SMALL = Settings(
     prompts=(16,),
@@ -110,7 +110,7 @@ def test_quality_is_that_of_the_models(
     assert full.reference is None
     assert small.reference == report.variants[0].name
     assert small.perplexity_change_percent == pytest.approx(100 * (small.perplexity / full.perplexity - 1), rel=1e-5)
-    expected = compare_logits(fp32_model.logits(tokens)[:-1], int8_model.logits(tokens)[:-1])
+    expected = measure_quality(fp32_model, int8_model, [tokens])
     assert small.mean_kl_divergence == pytest.approx(expected.mean_kl_divergence, rel=1e-4)
     assert small.same_top_percent == pytest.approx(expected.same_top_percent)
 
@@ -136,9 +136,6 @@ def test_the_report_survives_json_and_says_how_to_repeat_it(report: Report, stor
 
 def test_rows_compute_every_token_once(int8_model: gpt2_edge.Model) -> None:
     rows = [RandomTokensRow([5, 6, 7], following) for following in ([1, 2], [3, 4])]
-    group = object()
-    for row in rows:
-        row.prompt_group = group
     int8_model._core.run(rows)
     assert [row.tokens for row in rows] == [[5, 6, 7, 1, 2], [5, 6, 7, 3, 4]]
     assert all(0 < row.started_at < row.prefilled_at < row.finished_at for row in rows)

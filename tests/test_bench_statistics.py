@@ -6,7 +6,7 @@ import pytest
 from gpt2_edge.benchmarks.bandwidth import bytes_touched_per_token, parameters, read_bandwidth, weights_bytes
 from gpt2_edge.benchmarks.chart_axes import linear_scale, logarithmic_scale, round_step
 from gpt2_edge.benchmarks.comparison import NO_DIFFERENCE, judge
-from gpt2_edge.benchmarks.perplexity import QualityTally, windows_of
+from gpt2_edge.benchmarks.perplexity import QualityTally, bench_windows
 from gpt2_edge.benchmarks.spread import Measurement, measurement, percentile, supported_ratio, two_digits
 from gpt2_edge.folder import open_folder
 
@@ -88,22 +88,37 @@ def test_less_time_is_faster() -> None:
 def test_quality_adds_windows_up() -> None:
     tally = QualityTally()
     tally.add(
-        {"losses": [1.0, 2.0], "changes": [0.1, 0.3], "positions": 2, "mean_kl_divergence": 0.2, "same_tops": 1.0}
+        {
+            "logprobs": [-1.0, -2.0],
+            "reference_logprobs": [-0.9, -1.7],
+            "divergences": [0.1, 0.3],
+            "same_top": [True, False],
+        }
     )
-    tally.add({"losses": [3.0], "changes": [0.2], "positions": 1, "mean_kl_divergence": 0.5, "same_tops": 1.0})
+    tally.add({"logprobs": [-3.0], "reference_logprobs": [-2.8], "divergences": [0.5], "same_top": [True]})
     quality = tally.quality("text", "reference")
     assert quality.tokens == 3
     assert quality.perplexity == pytest.approx(np.exp(2.0))
     assert quality.perplexity_change_percent == pytest.approx(100 * (np.exp(0.2) - 1))
     # The deviation of 0.1, 0.3, 0.2 is 0.1.
     assert quality.perplexity_change_error_percent == pytest.approx(100 * np.exp(0.2) * 0.1 / np.sqrt(3))
-    assert quality.mean_kl_divergence == pytest.approx((2 * 0.2 + 0.5) / 3)
+    assert quality.mean_kl_divergence == pytest.approx(0.3)
     assert quality.same_top_percent == pytest.approx(200 / 3)
 
 
-def test_windows_fit_the_context_and_have_something_to_score() -> None:
-    assert windows_of(range(11), context_length=5, most_tokens=100) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
-    assert windows_of(range(11), context_length=5, most_tokens=7) == [[0, 1, 2, 3, 4], [5, 6]]
+def test_quality_of_a_model_without_a_reference() -> None:
+    tally = QualityTally()
+    tally.add({"logprobs": [-1.0, -3.0]})
+    quality = tally.quality("text", None)
+    assert (quality.tokens, quality.perplexity) == (2, pytest.approx(np.exp(2.0)))
+    assert quality.mean_kl_divergence is None
+
+
+def test_windows_fit_the_context_and_the_number_of_tokens() -> None:
+    assert bench_windows(range(11), context_length=5, most_tokens=100) == [[0, 1, 2, 3, 4], [6, 7, 8, 9, 10]]
+    assert bench_windows(range(11), context_length=5, most_tokens=7) == [[0, 1, 2, 3, 4]]
+    assert bench_windows(range(11), context_length=100, most_tokens=7) == [[0, 1, 2, 3, 4, 5, 6]]
+    assert bench_windows(range(11), context_length=100, most_tokens=1) == [[0, 1]]
 
 
 def test_bytes_touched_by_a_token_of_the_storyteller() -> None:
