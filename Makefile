@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 TORCH_VERSION := 2.13.0
 QUIET := $(shell test -t 2 || echo --quiet)
 
-.PHONY: demo test test-lm-eval check check-report bundle wheel clean
+.PHONY: demo test test-lm-eval test-optimum check check-report docs bundle wheel clean
 
 demo: $(VENV)/.demo-installed
 	$(BIN)/python -m gpt2_edge.benchmarks.demo models/storyteller demo
@@ -18,6 +18,11 @@ test-lm-eval: $(VENV)/.dev-installed
 	$(BIN)/python -m pip install $(QUIET) --editable '.[dev,lm-eval]' --config-settings editable_mode=strict
 	$(BIN)/python -m pytest tests/test_lm_eval.py tests/installed_lm_eval.py
 
+# Tests of what optimum exports and of what is exported for it, with the real optimum.
+test-optimum: $(VENV)/.dev-installed
+	$(BIN)/python -m pip install $(QUIET) --editable '.[dev,optimum]' --config-settings editable_mode=strict
+	$(BIN)/python -m pytest tests/test_standard.py tests/installed_optimum.py
+
 check: $(VENV)/.dev-installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -29,11 +34,16 @@ check-report: $(VENV)/.dev-installed
 	$(BIN)/gpt2-edge bench --quick --format html --output build/report/report.html
 	$(BIN)/python tests/check_report.py build/report/report.html build/report
 
+# The site of docs/, in build/site. A dead link or a page that the menu lacks is an error.
+docs: $(VENV)/.docs-installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 # The model folder that the wheel carries, made anew from the checkpoint.
 bundle: $(VENV)/.demo-installed
 	rm -rf build/bundle runtime/bundled/storyteller
 	$(BIN)/gpt2-edge export models/storyteller -o build/bundle/storyteller-fp32
-	$(BIN)/gpt2-edge quantize build/bundle/storyteller-fp32 -o runtime/bundled/storyteller --precision int8
+	$(BIN)/gpt2-edge quantize build/bundle/storyteller-fp32 -o runtime/bundled/storyteller --precision int8 \
+		--calibration models/storyteller/calibration.txt --text models/storyteller/held_out.txt
 
 wheel: $(VENV)/.dev-installed
 	rm -rf dist
@@ -61,3 +71,7 @@ $(VENV)/.demo-installed: $(VENV)/.torch-installed pyproject.toml
 $(VENV)/.dev-installed: $(VENV)/.torch-installed pyproject.toml $(wildcard runtime/*.py runtime/*/*.py export/*.py quantize/*.py benchmarks/*.py runtime/bundled/*/*)
 	$(BIN)/python -m pip install $(QUIET) --editable '.[dev]' --config-settings editable_mode=strict
 	touch $@ $(VENV)/.demo-installed
+
+$(VENV)/.docs-installed: $(VENV)/.dev-installed
+	$(BIN)/python -m pip install $(QUIET) --editable '.[dev,docs]' --config-settings editable_mode=strict
+	touch $@
