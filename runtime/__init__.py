@@ -20,8 +20,10 @@ from gpt2_edge import telemetry as _telemetry  # noqa: F401 - before anything ca
 from gpt2_edge.errors import (
     CheckpointError,
     ContextLengthError,
+    DeviceError,
     Gpt2EdgeError,
     LogitsError,
+    MachineError,
     MissingDependencyError,
     ModelClosedError,
     ModelFolderError,
@@ -30,12 +32,13 @@ from gpt2_edge.errors import (
     PromptError,
     QuantizationError,
     SessionError,
+    UnsealedFolderWarning,
 )
 from gpt2_edge.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
     from gpt2_edge.model import Model, load
-    from gpt2_edge.options import GenerationOptions
+    from gpt2_edge.options import GenerationOptions, OptionKeywords
     from gpt2_edge.results import Generation, NextToken, Piece, Score, Timings, TokenLogprobs
     from gpt2_edge.stream import TextStream
     from gpt2_edge.text_session import Session
@@ -43,16 +46,19 @@ if TYPE_CHECKING:
 __all__ = [
     "CheckpointError",
     "ContextLengthError",
+    "DeviceError",
     "Generation",
     "GenerationOptions",
     "Gpt2EdgeError",
     "LogitsError",
+    "MachineError",
     "MissingDependencyError",
     "Model",
     "ModelClosedError",
     "ModelFolderError",
     "NextToken",
     "OptionError",
+    "OptionKeywords",
     "ParityError",
     "Piece",
     "PromptError",
@@ -63,6 +69,7 @@ __all__ = [
     "TextStream",
     "Timings",
     "TokenLogprobs",
+    "UnsealedFolderWarning",
     "__version__",
     "load",
 ]
@@ -71,7 +78,7 @@ __all__ = [
 # where none is installed, and the message that says how to install one is the only thing that is seen.
 _MODULE_OF = {
     **dict.fromkeys(("Model", "load"), "model"),
-    "GenerationOptions": "options",
+    **dict.fromkeys(("GenerationOptions", "OptionKeywords"), "options"),
     **dict.fromkeys(("Generation", "NextToken", "Piece", "Score", "Timings", "TokenLogprobs"), "results"),
     "Session": "text_session",
     "TextStream": "stream",

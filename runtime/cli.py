@@ -8,11 +8,12 @@ standard output, everything else to standard error. Exit status: 0 done, 1 the i
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any, Final
 
-from gpt2_edge.errors import Gpt2EdgeError
+from gpt2_edge.errors import Gpt2EdgeError, UnsealedFolderWarning
 from gpt2_edge.version import VERSION
 
 _COMMANDS: Final = {
@@ -22,6 +23,11 @@ _COMMANDS: Final = {
     "score": ("gpt2_edge.commands.score", "log-probability and perplexity of texts"),
     "info": ("gpt2_edge.commands.info", "what a model folder holds and how it would run here"),
     "verify": ("gpt2_edge.commands.verify", "check that a model folder is whole and runs"),
+    "seal": ("gpt2_edge.commands.seal", "write the manifest of a folder that optimum exported"),
+    "pack": ("gpt2_edge.commands.pack", "make one file of a model folder, to copy to a device"),
+    "unpack": ("gpt2_edge.commands.unpack", "make a model folder of a pack"),
+    "sign": ("gpt2_edge.commands.sign", "sign a model folder with an Ed25519 key"),
+    "doctor": ("gpt2_edge.commands.doctor", "what this machine offers, what is wrong with it, and what mends that"),
     "export": ("gpt2_edge.export.command", "make a model folder from a GPT-2 checkpoint"),
     "quantize": ("gpt2_edge.quantize.command", "make a smaller, faster model folder"),
     "bench": ("gpt2_edge.benchmarks.command", "speed, memory and quality of model folders, side by side"),
@@ -32,7 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return _run(arguments)
+        with warnings.catch_warnings():
+            warnings.showwarning = _print_warning
+            warnings.simplefilter("always", UnsealedFolderWarning)
+            return _run(arguments)
     except Gpt2EdgeError as error:
         print(f"gpt2-edge: {error}", file=sys.stderr)
         return 1
@@ -47,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
+def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning as errors are printed, without the line of code that it came from."""
+    print(f"gpt2-edge: {message}", file=sys.stderr)
+
+
 def _run(arguments: list[str]) -> int:
     chosen = next((argument for argument in arguments if not argument.startswith("-")), None)
     parser = argparse.ArgumentParser(
@@ -57,7 +71,7 @@ def _run(arguments: list[str]) -> int:
     parser.add_argument("--version", action="version", version=f"gpt2-edge {VERSION}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_IntermixedParser)
     for name, (module_name, summary) in _COMMANDS.items():
-        subparser = subparsers.add_parser(name, help=summary, description=summary.capitalize() + ".")
+        subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == chosen:
             module = import_module(module_name)
             module.add_arguments(subparser)

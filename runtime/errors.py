@@ -4,11 +4,13 @@ Gpt2EdgeError
 ├── OptionError                an option of a call has a value that is not allowed
 ├── PromptError                a prompt or text cannot be used
 │   └── ContextLengthError     it has more tokens than the model's context
+├── DeviceError                the GPU that was asked for cannot be used, or not for this model
 ├── ModelFolderError           a model folder is missing, damaged or not made for this version
 ├── CheckpointError            a checkpoint cannot be read or cannot be exported exactly
 ├── ParityError                an exported graph does not compute what the checkpoint computes
 ├── QuantizationError          a model folder cannot be quantized as asked
 ├── SessionError               a text session is used wrongly, or its file is damaged or another model's
+├── MachineError               this machine does not compute what the model folder should
 ├── LogitsError                the model produced NaN or nothing that can be chosen
 ├── ModelClosedError           a model was used after `close()`
 └── MissingDependencyError     a package that only some commands need is not installed
@@ -51,6 +53,14 @@ class ModelFolderError(Gpt2EdgeError):
     """A model folder is missing, damaged, or not made for this version."""
 
 
+class UnsealedFolderWarning(UserWarning):
+    """A folder without a manifest was loaded: nothing tells whether its files are whole."""
+
+
+class DeviceError(Gpt2EdgeError):
+    """The GPU that was asked for cannot be used, or cannot run this model."""
+
+
 class CheckpointError(Gpt2EdgeError):
     """A checkpoint cannot be read, or cannot be exported exactly."""
 
@@ -65,6 +75,10 @@ class QuantizationError(Gpt2EdgeError):
 
 class SessionError(Gpt2EdgeError):
     """A text session is in use already, or its saved file cannot be used."""
+
+
+class MachineError(Gpt2EdgeError):
+    """This machine does not compute what the model folder should: its processor is at fault, or a kernel for it."""
 
 
 class LogitsError(Gpt2EdgeError):

@@ -7,18 +7,21 @@ from typing import Any, Final, Self, Unpack, cast, overload
 
 import numpy as np
 
+from gpt2_edge.checked_loading import VerifyHashes, checked
 from gpt2_edge.core import ModelCore, Prompt, row_seeds
+from gpt2_edge.device import Device, open_session, parse_device
 from gpt2_edge.engine import Engine
 from gpt2_edge.errors import OptionError, PromptError
-from gpt2_edge.folder import open_folder
+from gpt2_edge.folder import TOKENIZER_NAME, open_folder
 from gpt2_edge.generation import GenerationRow, LogitsRow, NextTokenRow
 from gpt2_edge.manifest import Manifest
 from gpt2_edge.options import OptionKeywords
 from gpt2_edge.results import Generation, NextToken, Piece, Score
-from gpt2_edge.sampling import keep
 from gpt2_edge.scoring import score_texts
-from gpt2_edge.session import Logits, StepSession
+from gpt2_edge.session import Logits
 from gpt2_edge.session_file import SessionState, read_session
+from gpt2_edge.signature import check_signature
+from gpt2_edge.standard_folder import is_unsealed, open_unsealed, warn_of_unsealed
 from gpt2_edge.stream import TextStream
 from gpt2_edge.text_session import Session
 from gpt2_edge.threads import usable_cores
@@ -26,40 +29,77 @@ from gpt2_edge.tokenizer import Tokenizer
 
 PromptList = list[str] | list[list[int]] | list[str | list[int]]
 
-DEVICES: Final = ("cpu", "auto")
 _MAXIMUM_THREADS: Final = 1024  # ONNX Runtime takes any number, and a process that asks for a million dies
 
 
 def load(
-    folder: str | Path, *, device: str = "auto", threads: int | None = None, verify_hashes: bool = True
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    verify_hashes: VerifyHashes = True,
+    public_key: str | Path | bytes | None = None,
+    verify_machine: bool = False,
 ) -> "Model":
     """Load a model.
 
     Args:
-        folder: Path of a model folder, or "storyteller" for the bundled model.
-        device: "cpu", or "auto" for the best there is, which in this release is the CPU.
+        folder: Path of a model folder or a pack, or "storyteller" for the bundled model.
+        device: "cpu"; "cuda" for the first NVIDIA GPU, "cuda:1" for the second; or "auto" for a GPU if there is one
+            that runs this folder and the CPU otherwise. `Model.device_reason` says why.
         threads: Threads that compute; None takes the cores that this process may really use.
-        verify_hashes: Compare every file with the manifest's SHA-256 before it is used.
+        verify_hashes: Compare every file with the manifest's SHA-256 before it is used. "changed" skips files that were
+            compared on this machine before and that nobody has touched since.
+        public_key: Refuse a folder that the owner of this Ed25519 key did not sign: a PEM file, or its content.
+        verify_machine: Compare what this machine computes with the folder's golden logits, once for each folder,
+            ONNX Runtime and processor: see `docs/quality.md`.
 
     Returns:
         A model, which may be used from many threads. Close it, or use it in a `with` block, to free its memory.
 
     Raises:
         ModelFolderError: The folder is not a model folder, is damaged, or cannot be run.
+        DeviceError: The GPU that was asked for cannot be used, or the device cannot run this folder.
         OptionError: The device or the number of threads is not allowed.
+        MachineError: This machine does not compute what the folder should.
     """
-    if device not in DEVICES:
-        raise OptionError(f"device is {device!r}: this release runs on {' or '.join(map(repr, DEVICES))}")
+    parse_device(device)
     if threads is None:
         threads = usable_cores()
     elif not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= _MAXIMUM_THREADS:
         raise OptionError(f"threads is {threads!r}: give an integer from 1 to {_MAXIMUM_THREADS}")
-    opened = open_folder(folder)
-    if verify_hashes:
-        opened.check_hashes()
-    session = StepSession(opened, threads)
-    core = ModelCore(opened.manifest, Tokenizer(opened.tokenizer_path), Engine(session))
-    return Model(core, threads, (folder, device, threads, verify_hashes))
+    if str(folder).startswith("~"):
+        folder = _at_home(folder)
+    if is_unsealed(folder):
+        warn_of_unsealed(folder)
+        opened = open_unsealed(folder)
+    else:
+        opened = open_folder(folder)
+    if public_key is not None:
+        if verify_hashes is False:
+            raise OptionError("public_key needs verify_hashes: a signature is over the hashes of the files")
+        check_signature(opened, public_key)
+    with checked(opened, verify_hashes):
+        session, chosen = open_session(opened, device, threads)
+        tokenizer = Tokenizer(opened.content(TOKENIZER_NAME))
+    core = ModelCore(opened.manifest, tokenizer, Engine(session))
+    model = Model(core, chosen, threads, (folder, device, threads, verify_hashes, public_key))
+    if verify_machine:
+        from gpt2_edge.machine_check import ensure_machine, read_golden
+
+        try:
+            ensure_machine(model, read_golden(opened))
+        except BaseException:
+            model.close()
+            raise
+    return model
+
+
+def _at_home(folder: str | Path) -> str | Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:  # nobody knows where that is: it is no model folder, and the message says its name
+        return folder
 
 
 class Model:
@@ -69,13 +109,15 @@ class Model:
     load its own; a pickled model is loaded again where it is unpickled.
 
     Attributes:
-        device: Where it runs: "cpu".
+        device: Where it runs: "cpu", or "cuda:0" and so on.
+        device_reason: Why it runs there.
         manifest: What the model folder says about itself.
         threads: Threads that compute a step.
     """
 
-    def __init__(self, core: ModelCore, threads: int, loaded_with: tuple[str | Path, str, int, bool]) -> None:
-        self.device = "cpu"
+    def __init__(self, core: ModelCore, device: Device, threads: int, loaded_with: tuple[Any, ...]) -> None:
+        self.device = device.name
+        self.device_reason = device.reason
         self.manifest: Manifest = core.manifest
         self.threads = threads
         self._core = core
@@ -100,8 +142,8 @@ class Model:
         """Continue a prompt, or several side by side.
 
         Args:
-            prompt: Text or token ids; an empty one starts from end-of-text, as a new document does. Or a list of
-                prompts, of any lengths.
+            prompt: Text or token ids; an empty text starts from end-of-text, as a new document does. Or a list of
+                prompts, of any lengths; an empty list is refused, since it may be no prompts or no tokens.
             n: So many samples of one prompt, as a list.
             **options: See `GenerationOptions`. In a list each row has a seed of its own, derived from the given
                 one; the first row's is the given one.
@@ -115,6 +157,11 @@ class Model:
             LogitsError: The model computed NaN, or the options or the logits processor leave no token.
             ModelClosedError: The model was closed.
         """
+        if isinstance(prompt, list | tuple) and not prompt:
+            raise PromptError(
+                f"the prompt is {prompt!r}, which may be no prompts or a prompt of no tokens: "
+                'give "" to start from end-of-text'
+            )
         rows = self._generation_rows(prompt, n, options)
         self._core.run(rows)
         results = [row.result() for row in rows]
@@ -134,8 +181,7 @@ class Model:
             OptionError: An option is unknown or has a value that is not allowed.
             PromptError: The prompt is not text or token ids of this model; `ContextLengthError` if it is too long.
         """
-        if _list_of_prompts(cast(PromptList, prompt)) is not None:
-            raise PromptError("stream continues one prompt: give generate the list, or open a stream for each")
+        _check_single(prompt, "stream continues one prompt: give generate the list, or open a stream for each")
         (row,) = self._generation_rows(prompt, None, options)
         return TextStream(self._core.engine, row)
 
@@ -146,6 +192,7 @@ class Model:
         """
         import asyncio  # here, because most programs have no use for it
 
+        _check_single(prompt, "agenerate continues one prompt: gather one call for each")
         (row,) = self._generation_rows(prompt, None, options)
         try:
             await asyncio.to_thread(self._core.run, [row])
@@ -175,18 +222,8 @@ class Model:
             OptionError: k is not allowed.
             PromptError: The prompt cannot be used.
         """
-        vocabulary_size = self.manifest.architecture.vocabulary_size
-        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= vocabulary_size:
-            raise OptionError(f"k is {k!r}: give an integer from 1 to {vocabulary_size}")
-        row = NextTokenRow(self._core.prompt_tokens(prompt))
-        self._core.run([row])
-        _, weights = keep(row.logits, temperature=1.0)
-        probabilities = weights / weights.sum(dtype=np.float64)
-        order = np.argsort(-row.logits, kind="stable")[:k]
-        return [
-            NextToken(self._core.tokenizer.decode([token]), token, float(probabilities[token]))
-            for token in order.tolist()
-        ]
+        _check_single(prompt, "next_tokens looks after one prompt: call it for each")
+        return self._core.next_tokens(NextTokenRow(self._core.prompt_tokens(prompt)), k)
 
     @overload
     def score(self, text: Prompt, *, stride: int | None = None, on_scored: Callable[[int], object] = ...) -> Score: ...
@@ -234,6 +271,7 @@ class Model:
         Raises:
             PromptError: The prompt cannot be used.
         """
+        _check_single(prompt, "logits takes one prompt: call it for each")
         row = LogitsRow(self._core.prompt_tokens(prompt))
         self._core.run([row])
         return np.concatenate(row.chunks)
@@ -286,23 +324,28 @@ class Model:
             token_lists = [self._core.prompt_tokens(cast(Prompt, prompt))] * (n or 1)
         else:
             token_lists = [self._core.prompt_tokens(each) for each in prompts]
-        rows = [
+        return [
             GenerationRow(tokens, options, seed, self._core.facts)
             for tokens, seed in zip(token_lists, row_seeds(options.seed, len(token_lists)), strict=True)
         ]
-        if n is not None:
-            group = object()  # they share one prefill
-            for row in rows:
-                row.prompt_group = group
-        return rows
 
 
-def _load_again(folder: str | Path, device: str, threads: int, verify_hashes: bool) -> Model:
-    return load(folder, device=device, threads=threads, verify_hashes=verify_hashes)
+def _load_again(
+    folder: str | Path, device: str, threads: int, verify_hashes: VerifyHashes, public_key: str | Path | bytes | None
+) -> Model:
+    return load(folder, device=device, threads=threads, verify_hashes=verify_hashes, public_key=public_key)
+
+
+def _check_single(prompt: Prompt, otherwise: str) -> None:
+    if _list_of_prompts(cast(PromptList, prompt)) is not None:
+        raise PromptError(otherwise)
 
 
 def _list_of_prompts(prompt: Prompt | PromptList) -> list[Prompt] | None:
-    """Tell a list of prompts, whose first element is a text or a list, from one prompt: None."""
-    if isinstance(prompt, list | tuple) and prompt and isinstance(prompt[0], str | list | tuple):
+    """Tell a list of prompts, whose first element is a text, a list or an array, from one prompt: None."""
+    if not isinstance(prompt, list | tuple) or not prompt:
+        return None
+    first = cast(object, prompt[0])
+    if isinstance(first, str | list | tuple) or (isinstance(first, np.ndarray) and first.ndim > 0):
         return list(cast(Sequence[Prompt], prompt))
     return None

@@ -13,6 +13,7 @@ os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from filelock import FileLock
 
 import gpt2_edge
 
@@ -20,23 +21,46 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 STORYTELLER_CHECKPOINT = REPOSITORY / "models" / "storyteller"
 
 
-@pytest.fixture(scope="session")
-def storyteller_fp32(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The storyteller's fp32 model folder, exported by the code under test."""
-    from gpt2_edge.export import export_checkpoint
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each pytest-xdist worker one core: ONNX Runtime's threads, too, wait for each other in busy loops."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
-    folder = tmp_path_factory.mktemp("models") / "storyteller-fp32"
-    export_checkpoint(STORYTELLER_CHECKPOINT, folder)
+
+@pytest.fixture(scope="session")
+def shared_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for models that take long to make; pytest-xdist's workers share it and make each once."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared-models"
+    folder.mkdir(exist_ok=True)
     return folder
 
 
 @pytest.fixture(scope="session")
-def storyteller_int8(storyteller_fp32: Path) -> Path:
-    """The storyteller's INT8 model folder, quantized by the code under test."""
-    from gpt2_edge.quantize import quantize_folder
+def storyteller_fp32(shared_models: Path) -> Path:
+    """The storyteller's fp32 model folder, exported by the code under test."""
+    from gpt2_edge.export import export_checkpoint
 
-    folder = storyteller_fp32.parent / "storyteller-int8"
-    quantize_folder(storyteller_fp32, folder)
+    folder = shared_models / "storyteller-fp32"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            export_checkpoint(STORYTELLER_CHECKPOINT, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def storyteller_int8(storyteller_fp32: Path, shared_models: Path) -> Path:
+    """The storyteller's INT8 model folder, quantized by the code under test."""
+    from gpt2_edge.quantize.pipeline import quantize_folder
+    from gpt2_edge.quantize.recipes import default_recipe
+
+    folder = shared_models / "storyteller-int8"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            calibration = STORYTELLER_CHECKPOINT / "calibration.txt"
+            quantize_folder(storyteller_fp32, folder, default_recipe("int8"), calibration=calibration)
     return folder
 
 
@@ -52,6 +76,22 @@ def int8_model(storyteller_int8: Path) -> Iterator[gpt2_edge.Model]:
     """The storyteller at INT8, loaded."""
     with gpt2_edge.load(storyteller_int8) as model:
         yield model
+
+
+@pytest.fixture(params=["fp32_model", "int8_model"])
+def model(request: pytest.FixtureRequest) -> gpt2_edge.Model:
+    """The storyteller, once at full precision and once at INT8."""
+    loaded: gpt2_edge.Model = request.getfixturevalue(request.param)
+    return loaded
+
+
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let models neither use what earlier tests computed nor keep what is made up in this one."""
+    from gpt2_edge.prompt_reuse import PromptReuse, Reuse
+
+    monkeypatch.setattr(PromptReuse, "find", lambda reuse, tokens, wanted, slot: Reuse(slot, 0))
+    monkeypatch.setattr(PromptReuse, "extend", lambda reuse, slot, start, tokens, logits: reuse.begin(slot, 0))
 
 
 @pytest.fixture(scope="session")

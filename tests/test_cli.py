@@ -88,7 +88,7 @@ def test_invalid_utf8_is_one_line_that_says_where(storyteller_int8: Path) -> Non
         (["--seed", "-1"], "seed is -1: give an integer from 0 to 18446744073709551615"),
         (["-n", "0"], "n is 0: give an integer, 1 or more"),
         (["--threads", "0"], "threads is 0: give an integer from 1 to 1024"),
-        (["--device", "cuda"], "device is 'cuda': this release runs on 'cpu' or 'auto'"),
+        (["--device", "gpu"], "device is 'gpu': give 'cpu', 'cuda', 'cuda:1' (the second GPU) or 'auto'"),
     ],
 )
 def test_a_bad_option_is_one_line_and_status_1(
@@ -190,9 +190,9 @@ def test_info_and_verify(storyteller_int8: Path, capsys: pytest.CaptureFixture[s
     assert document["precision"] == "int8"
     assert document["here"]["telemetry here"] == "disabled"
     assert main(["info", str(storyteller_int8)]) == 0
-    assert "recipe int8-block64" in capsys.readouterr().out
+    assert "int8, recipe int8\n" in capsys.readouterr().out
     assert main(["verify", str(storyteller_int8)]) == 0
-    assert "3 of 3 files" in capsys.readouterr().out
+    assert "4 of 4 files" in capsys.readouterr().out
 
 
 def test_a_reader_that_goes_away_is_no_traceback(storyteller_int8: Path) -> None:

@@ -22,9 +22,10 @@ HEAVY: Final = {
 PUBLIC_NAMES: Final = {
     *("load", "Model", "TextStream", "GenerationOptions", "__version__"),
     *("Generation", "NextToken", "Piece", "Score", "Session", "Timings", "TokenLogprobs"),
-    *("CheckpointError", "ContextLengthError", "Gpt2EdgeError", "LogitsError", "MissingDependencyError"),
-    *("ModelClosedError", "ModelFolderError", "OptionError", "ParityError", "PromptError", "QuantizationError"),
-    "SessionError",
+    *("CheckpointError", "ContextLengthError", "DeviceError", "Gpt2EdgeError", "LogitsError", "MachineError"),
+    *("MissingDependencyError", "ModelClosedError", "ModelFolderError", "OptionError", "ParityError", "PromptError"),
+    *("QuantizationError", "SessionError", "UnsealedFolderWarning"),
+    "OptionKeywords",
 }
 
 TOP_LEVEL_MODULES: Final = """

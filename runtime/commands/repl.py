@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", metavar="FOLDER", nargs="?", default="storyteller", help="a model folder (default: storyteller)"
     )
-    parser.add_argument("--device", default="auto", help="cpu, or auto (the default)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ..., or auto (the default)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: the cores allowed)")
     parser.add_argument(
         "--history", type=Path, metavar="FILE", help="keep typed lines in this file (default: in memory only)"

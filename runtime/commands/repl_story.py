@@ -122,7 +122,7 @@ class Story:
     def next_tokens(self, count: int, options: OptionKeywords) -> list[NextToken]:
         """Return the likeliest next tokens, the likeliest first."""
         self._make_room([], options)
-        return self._model.next_tokens(self._session.tokens, count)
+        return self._session.next_tokens(count)
 
     def save(self, path: str) -> None:
         """Write what the model sees of the story to a file, for `Model.load_session`."""
