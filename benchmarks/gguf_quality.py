@@ -86,6 +86,35 @@ def measure(checkpoint: Path, reference: Path, text: Path, folders: Sequence[Pat
     }
 
 
+def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Draw the mean divergence of each model against its size; one without any has no place on the logarithmic axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    # Names to the left of ours and to the right of the others', so that neighbours do not cover each other.
+    for colour, label, is_peer, side, offset in (
+        ("#2a6fd0", "gpt2-edge", False, "right", (-6, -12)),
+        ("#d9591c", "llama.cpp", True, "left", (6, 4)),
+    ):
+        drawn = [row for row in rows if row["name"].startswith("llama.cpp") == is_peer and _divergence(row) > 1e-6]
+        sizes, divergences = [row["size_bytes"] / 1e6 for row in drawn], [_divergence(row) for row in drawn]
+        axes.plot(sizes, divergences, "o", color=colour, label=label)
+        for row, size, divergence in zip(drawn, sizes, divergences, strict=True):
+            name = row["name"].removeprefix("llama.cpp ")
+            axes.annotate(name, (size, divergence), offset, textcoords="offset points", ha=side, fontsize=9)
+    axes.set(yscale="log", xlabel="graph and weights, MB", ylabel="mean KL divergence from fp32, nats a token")
+    axes.margins(x=0.45, y=0.1)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=150)
+
+
+def _divergence(row: dict[str, Any]) -> float:
+    return float(row["mean_kl_divergence"])
+
+
 def _predictor(model: PeerModel, stack: ExitStack) -> _Predict:
     """Start llama.cpp with a model, and return what asks it for logits."""
     if model.folder is None:
@@ -125,11 +154,14 @@ def main() -> int:
     parser.add_argument("--folders", type=Path, nargs="*", default=[], help="model folders of it, as rows beside")
     parser.add_argument("--text", type=Path, required=True, help="held-out text, UTF-8")
     parser.add_argument("-o", "--output", type=Path, help="JSON")
+    parser.add_argument("--plot", type=Path, help="divergence against size, .svg or .png")
     arguments = parser.parse_args()
     try:
         result = measure(arguments.checkpoint, arguments.reference, arguments.text, arguments.folders)
         if arguments.output is not None:
             write_file(arguments.output, [(json.dumps(result, indent=2) + "\n").encode()])
+        if arguments.plot is not None:
+            draw(result["models"], arguments.plot)
     except Gpt2EdgeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
