@@ -24,6 +24,7 @@ from gpt2_edge.pack import pack_folder, unpack_folder
 from gpt2_edge.pack_format import ALIGNMENT_BYTES
 
 GREEDY: Final = {"max_new_tokens": 8}
+MODEL_FILES: Final = ["golden.json", "model.onnx", "model.onnx.data", "tokenizer.json"]
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_a_pack_is_a_plain_archive(pack: Path) -> None:
     home = open_folder("storyteller").path
     with zipfile.ZipFile(pack) as archive:
         assert archive.testzip() is None
-        assert archive.namelist() == [MANIFEST_NAME, "model.onnx", "model.onnx.data", "tokenizer.json"]
+        assert archive.namelist() == [MANIFEST_NAME, *MODEL_FILES]
         assert all(archive.read(name) == (home / name).read_bytes() for name in archive.namelist())
 
 
@@ -155,13 +156,13 @@ def test_a_changed_byte_in_a_pack(damaged_pack: Path) -> None:
 
 def compressed(path: Path, home: Path) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name in (MANIFEST_NAME, "model.onnx", "model.onnx.data", "tokenizer.json"):
+        for name in (MANIFEST_NAME, *MODEL_FILES):
             archive.write(home / name, name)
 
 
 def not_aligned(path: Path, home: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
-        for name in (MANIFEST_NAME, "model.onnx", "model.onnx.data", "tokenizer.json"):
+        for name in (MANIFEST_NAME, *MODEL_FILES):
             archive.write(home / name, name)
 
 
@@ -184,7 +185,7 @@ def text(path: Path, home: Path) -> None:
     ("make", "message"),
     [
         (compressed, "its files are compressed"),
-        (not_aligned, r"model\.onnx is not where memory can be mapped"),
+        (not_aligned, r"golden\.json is not where memory can be mapped"),
         (without_a_manifest, r"begins with 'model\.onnx', not with manifest\.json"),
         (with_a_file_that_is_not_listed, "it has more files than the manifest"),
         (text, "is a file: give the model folder that it lies in"),
@@ -235,7 +236,7 @@ def test_files_that_nobody_touched_are_not_hashed_again(tmp_path: Path, monkeypa
         gpt2_edge.load(folder, verify_hashes="changed").close()
         return sorted(hashed)
 
-    assert load() == ["model.onnx", "model.onnx.data", "tokenizer.json"]
+    assert load() == MODEL_FILES
     assert load() == []
     os.utime(folder / "model.onnx.data", (1, 1))
     assert load() == ["model.onnx.data"]
@@ -247,7 +248,7 @@ def test_files_that_nobody_touched_are_not_hashed_again(tmp_path: Path, monkeypa
     (tmp_path / "cache" / "hashes.json").write_text("[" * 100_000)
     shutil.rmtree(folder)
     copy_of_storyteller(folder)
-    assert len(load()) == 3
+    assert load() == MODEL_FILES
 
 
 def test_the_choices_of_verify_hashes() -> None:
