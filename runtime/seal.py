@@ -107,7 +107,7 @@ def check_destination(destination: Path) -> None:
     try:
         is_empty_folder = destination.is_dir() and not destination.is_symlink() and not any(destination.iterdir())
         if not is_empty_folder and (destination.exists() or destination.is_symlink()):
-            raise ModelFolderError(f"{destination} already exists: remove it or choose another output folder")
+            raise ModelFolderError(f"{destination} already exists: remove it or choose another output")
         nearest = next(parent for parent in destination.absolute().parents if parent.exists())
         if not nearest.is_dir():
             raise ModelFolderError(f"cannot write {destination}: {nearest} is not a folder")
