@@ -20,7 +20,7 @@ from gpt2_edge.graph_session import open_graph
 from gpt2_edge.kv_cache import SequenceCache
 from gpt2_edge.manifest import Architecture
 from gpt2_edge.onnxruntime_import import onnxruntime
-from gpt2_edge.session import Logits, check_onnxruntime_version, check_signature, first_line
+from gpt2_edge.session import Logits, check_onnxruntime_version, check_signature, first_line, prefill_inputs
 
 _PROVIDER_OF: Final = {"cuda": "CUDAExecutionProvider", "cpu": "CPUExecutionProvider"}
 _NO_CAPTURE: Final = "-1"
@@ -77,19 +77,11 @@ class CudaSession:
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int, logit_positions: npt.NDArray[np.int64]) -> Logits:
         """Compute some consecutive tokens of one sequence; see `StepSession.prefill`."""
-        count = len(tokens)
         logits = np.empty((logit_positions.size, self.architecture.vocabulary_size), np.float32)
         binding = self._prefill_bindings.get(slot)
         if binding is None:
             binding = self._prefill_bindings[slot] = self._bind_cache(slot, 1)
-        inputs = {
-            "input_ids": np.array(tokens, np.int64)[np.newaxis],
-            "position_ids": np.arange(start, start + count, dtype=np.int64)[np.newaxis],
-            "seqlens_k": np.array([start + count - 1], np.int32),
-            "total_sequence_length": np.array(start + count, np.int32),
-            "logit_positions": logit_positions,
-        }
-        for name, value in inputs.items():
+        for name, value in prefill_inputs(tokens, start, logit_positions).items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
         self._prefill_options = _run_options(_NO_CAPTURE)

@@ -86,19 +86,11 @@ class StepSession:
         Returns:
             Logits, shape [len(logit_positions), vocabulary].
         """
-        count = len(tokens)
         logits = np.empty((logit_positions.size, self.architecture.vocabulary_size), np.float32)
         binding = self._prefill_bindings.get(slot)
         if binding is None:
             binding = self._prefill_bindings[slot] = self._bind_cache(slot, 1)
-        inputs = {
-            "input_ids": np.array(tokens, np.int64)[np.newaxis],
-            "position_ids": np.arange(start, start + count, dtype=np.int64)[np.newaxis],
-            "seqlens_k": np.array([start + count - 1], np.int32),
-            "total_sequence_length": np.array(start + count, np.int32),
-            "logit_positions": logit_positions,
-        }
-        for name, value in inputs.items():
+        for name, value in prefill_inputs(tokens, start, logit_positions).items():
             binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
         binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
         self._prefill_options = onnxruntime.RunOptions()
@@ -168,6 +160,20 @@ class StepSession:
         for name, value in zip(self._key_value_outputs, views, strict=True):
             binding.bind_ortvalue_output(name, value)
         return binding
+
+
+def prefill_inputs(
+    tokens: Sequence[int], start: int, logit_positions: npt.NDArray[np.int64]
+) -> dict[str, npt.NDArray[Any]]:
+    """Return what `StepSession.prefill` gives the graph beside the cache."""
+    count = len(tokens)
+    return {
+        "input_ids": np.array(tokens, np.int64)[np.newaxis],
+        "position_ids": np.arange(start, start + count, dtype=np.int64)[np.newaxis],
+        "seqlens_k": np.array([start + count - 1], np.int32),
+        "total_sequence_length": np.array(start + count, np.int32),
+        "logit_positions": logit_positions,
+    }
 
 
 class _DecodeStep:
