@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from gpt2_edge.manifest import Manifest
+from gpt2_edge.manifest import Architecture, Manifest
 
 _PASSES: Final = 5
 _BYTES_OF_FLOAT: Final = 4
@@ -52,12 +52,15 @@ def parameters(manifest: Manifest) -> int:
     """Return how many weights the model has; a tied embedding counts once."""
     shape = manifest.architecture
     width, inner = shape.width, shape.inner_width
-    matrices = 4 * width * width + 2 * width * inner
     biases = 4 * width + inner + width
     layer_norms = 4 * width
     embeddings = (shape.vocabulary_size + shape.context_length) * width
     head = 0 if shape.tied_head else shape.vocabulary_size * width
-    return shape.layers * (matrices + biases + layer_norms) + embeddings + 2 * width + head
+    return _block_matrices(shape) + shape.layers * (biases + layer_norms) + embeddings + 2 * width + head
+
+
+def _block_matrices(shape: Architecture) -> int:
+    return shape.layers * (4 * shape.width**2 + 2 * shape.width * shape.inner_width)
 
 
 def bytes_touched_per_token(manifest: Manifest, depth: float) -> int:
@@ -75,5 +78,6 @@ def bytes_touched_per_token(manifest: Manifest, depth: float) -> int:
     if not shape.tied_head:
         share = shape.vocabulary_size * shape.width / parameters(manifest)
         unread += int(share * weights_bytes(manifest))
-    keys_and_values = 2 * _BYTES_OF_FLOAT * shape.layers * shape.heads * shape.head_size * depth
-    return max(1, weights_bytes(manifest) - unread) + int(keys_and_values)
+    if manifest.recipe is not None and manifest.recipe.get("prompt") is not None:
+        unread += _block_matrices(shape)  # a byte for each weight of those that are for prompts
+    return max(1, weights_bytes(manifest) - unread) + int(manifest.cache_bytes_per_token * depth)

@@ -106,6 +106,7 @@ def fill(name: str, folder: Path, weight: Weight | None = None) -> Path:
             architecture=kit.architecture,
             flavour="fused",
             precision=kit.precision,
+            cache_precision=kit.precision,
             recipe=None,
             graphs=layout["graphs"],
             end_of_text=0,
@@ -148,17 +149,17 @@ def write_kit(name: str, destination: Path) -> None:
 
     from gpt2_edge.export.half_precision import to_half_precision
     from gpt2_edge.export.plain_attention import save_with_plain_attention
-    from gpt2_edge.export.tracing import trace
+    from gpt2_edge.export.tracing import traced
 
     kit = KITS[name]
     config, weights = _narrow_checkpoint(kit)
-    model = trace(weights, config)
-    if kit.precision == "fp16":
-        to_half_precision(model)
-    tensors = _widen(model, kit)
     destination.mkdir(parents=True, exist_ok=True)
     graphs = {"decoder": "model.onnx"}
-    onnx_ir.save(model, destination / graphs["decoder"])
+    with traced(weights, config) as model:
+        if kit.precision == "fp16":
+            to_half_precision(model)
+        tensors = _widen(model, kit)
+        onnx_ir.save(model, destination / graphs["decoder"])
     if kit.precision == "fp32":
         graphs["decoder_cuda"] = "model_cuda.onnx"
         save_with_plain_attention(

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +34,7 @@ from gpt2_edge.quantize.quality import (
     PositionStatistics,
     compare_logits,
     summarize,
+    window_logits,
     windows_of,
 )
 from gpt2_edge.quantize.texts import read_text
@@ -63,7 +65,7 @@ def measure(checkpoint: Path, reference: Path, text: Path, folders: Sequence[Pat
             model = stack.enter_context(load(folder))
             manifest = open_folder(str(folder)).manifest
             rows.append({"name": folder.name, "size_bytes": weights_bytes(manifest)})
-            predictors.append(model.logits)
+            predictors.append(partial(window_logits, model))
         for gguf in models:
             rows.append({"name": gguf.name, "size_bytes": _size_bytes(gguf)})
             predictors.append(_predictor(gguf, stack))

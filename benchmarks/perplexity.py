@@ -21,6 +21,7 @@ from gpt2_edge.quantize.quality import (
     compare_logits,
     perplexity_of,
     summarize,
+    window_logits,
     windows_of,
 )
 
@@ -89,7 +90,7 @@ def measure_window(model: Model, window: Sequence[int], reference: Path | None, 
     Raises:
         LogitsError: The model computes logits that are not finite.
     """
-    logits = model.logits(window)[:-1]
+    logits = window_logits(model, window)[:-1]
     following = list(window[1:])
     if save_to is not None:
         np.save(save_to, logits)

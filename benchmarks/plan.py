@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from gpt2_edge.engine import MAXIMUM_ROWS
 from gpt2_edge.errors import OptionError
+from gpt2_edge.row_limit import MAXIMUM_ROWS
 
 DEFAULT_PROMPTS: Final = (128, 512)
 DEFAULT_NEW_TOKENS: Final = (128,)

@@ -1,6 +1,9 @@
-"""How long the choice of a token takes, by options and by shape of the logits.
+"""How long the choice of a token takes in a loop by itself, by options and by shape of the logits.
 
-python -m gpt2_edge.benchmarks.sampling_speed
+    python -m gpt2_edge.benchmarks.sampling_speed
+
+Normal logits of a deviation of 4.5 have an entropy of 3.4 nats, about what GPT-2's predictions of English text have.
+`step_overhead` measures the same between the steps of a model, where it takes several times as long.
 """
 
 import argparse
@@ -19,7 +22,7 @@ from gpt2_edge.sampling import Logits
 VOCABULARY_SIZE: Final = 50_257
 SAID_TOKENS: Final = 500  # different ones
 _DIFFERENT_LOGITS: Final = 24
-_COLUMN: Final = 15
+_COLUMN: Final = 17
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +82,7 @@ def measure(keywords: OptionKeywords, logits: list[Logits], repetitions: int) ->
 
 def _shapes(vocabulary_size: int) -> dict[str, list[Logits]]:
     random = np.random.default_rng(0)
-    deviations = {"peaked N(0,3)": 3.0, "N(0,1)": 1.0, "flat N(0,.01)": 0.01, "all equal": 0.0}
+    deviations = {"peaked N(0,4.5)": 4.5, "N(0,3)": 3.0, "N(0,1)": 1.0, "flat N(0,.01)": 0.01, "all equal": 0.0}
     return {
         name: [
             (deviation * random.standard_normal(vocabulary_size)).astype(np.float32) for _ in range(_DIFFERENT_LOGITS)

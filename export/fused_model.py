@@ -6,6 +6,7 @@ queries, keys and values side by side, in the order in which GPT-2's `c_attn` ma
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -62,15 +63,18 @@ class FusedGpt2(nn.Module):
         # [batch x sequence, width]: 8-bit layers have a scale for each row, and the head takes rows out.
         hidden = (tokens + positions).reshape(-1, tokens.shape[-1])
         present: list[Tensor] = []
-        for layer, block in enumerate(self.h):
-            hidden, key, value = block(
+        for layer, module in enumerate(self.h):
+            block = cast(_Block, module)
+            attended, key, value = block.attend(
                 hidden, input_ids.shape, past[2 * layer], past[2 * layer + 1], seqlens_k, total_sequence_length
             )
             present += [key, value]
-        # The head, a third of the work of a token, runs where it is asked for.
-        wanted = functional.embedding(logit_positions, hidden)
+            if layer == len(self.h) - 1:
+                # Of the other tokens, only the keys and values are of use from here on.
+                hidden, attended = (functional.embedding(logit_positions, each) for each in (hidden, attended))
+            hidden = block(hidden, attended)
         head = self.wte if self.lm_head is None else self.lm_head
-        return functional.linear(self.ln_f(wanted), head.weight), *present
+        return functional.linear(self.ln_f(hidden), head.weight), *present
 
 
 class _Table(nn.Module):
@@ -140,7 +144,7 @@ class _Attention(nn.Module):
             shapes=((batch, sequence, triple_width // 3), past_key.shape, past_value.shape),
             version=1,
         )
-        return self.c_proj(attended.reshape(batch * sequence, -1)), key, value
+        return attended.reshape(batch * sequence, -1), key, value
 
 
 class _MLP(nn.Module):
@@ -164,7 +168,7 @@ class _Block(nn.Module):
         self.ln_2 = _LayerNorm(weights, f"h.{layer}.ln_2", config)
         self.mlp = _MLP(weights, config, layer)
 
-    def forward(
+    def attend(
         self,
         hidden: Tensor,
         shape: torch.Size,
@@ -173,10 +177,18 @@ class _Block(nn.Module):
         seqlens_k: Tensor,
         total_sequence_length: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        normalized = self.ln_1(hidden)
-        attended, key, value = self.attn(normalized, shape, past_key, past_value, seqlens_k, total_sequence_length)
-        hidden = hidden + attended
-        return hidden + self.mlp(self.ln_2(hidden)), key, value
+        """Return what attention gathers, [batch x sequence, heads x head_size], and the updated keys and values."""
+        attended: Tensor
+        attended, key, value = self.attn(
+            self.ln_1(hidden), shape, past_key, past_value, seqlens_k, total_sequence_length
+        )
+        return attended, key, value
+
+    def forward(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """Return the next hidden states; of tokens, which do not see each other any more."""
+        hidden = hidden + self.attn.c_proj(attended)
+        projected: Tensor = self.mlp(self.ln_2(hidden))
+        return hidden + projected
 
 
 def _pad_heads(tensor: Tensor, config: CheckpointConfig, dimension: int, groups: int) -> Tensor:

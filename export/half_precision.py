@@ -37,16 +37,22 @@ def to_half_precision(model: onnx_ir.Model) -> None:
 
 
 def _halve_weight(value: onnx_ir.Value) -> None:
-    if value.const_value is None or value.const_value.dtype != onnx_ir.DataType.FLOAT:
+    single = value.const_value
+    if single is None or single.dtype != onnx_ir.DataType.FLOAT:
         return
-    weight = value.const_value.numpy()
-    largest = float(np.abs(weight).max(initial=0.0))
+    largest = float(np.abs(single.numpy()).max(initial=0.0))
     if largest > _LARGEST_HALF:
         raise CheckpointError(
             f"{value.name} has a weight of magnitude {largest:.4g}, the largest number of fp16 is {_LARGEST_HALF:.0f}: "
             "export this checkpoint with --precision fp32"
         )
-    value.const_value = onnx_ir.Tensor(weight.astype(np.float16), name=value.name)
+    # Rounded when it is written, one at a time: all at once would take half as much memory as the checkpoint again.
+    value.const_value = onnx_ir.LazyTensor(
+        lambda: onnx_ir.Tensor(single.numpy().astype(np.float16)),
+        onnx_ir.DataType.FLOAT16,
+        onnx_ir.Shape(single.shape.numpy()),
+        name=value.name,
+    )
     value.dtype = onnx_ir.DataType.FLOAT16
 
 

@@ -6,9 +6,11 @@ in one line what went wrong.
 """
 
 import errno
+import os
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, TypeVar
 
@@ -28,9 +30,12 @@ _TOKENIZER_SETTINGS: Final = ("tokenizer_config.json", "special_tokens_map.json"
 _WAITS_SECONDS: Final = (1.0, 2.0, 4.0)
 _PASSING_STATUS: Final = (429, 500, 502, 503, 504)
 
-# The base of everything that requests raises, with which huggingface_hub speaks HTTP, or httpx, from its 1.0 on.
+# What huggingface_hub speaks HTTP with: the first before its 1.0, the last from its 2.0 on.
+_HTTP_PACKAGES: Final = ("requests", "httpx", "httpx2")
+# The base of everything that package raises.
 _HttpError: Final[type[Exception]] = [
-    base for base in errors.HfHubHTTPError.__mro__ if base.__module__.partition(".")[0] in ("requests", "httpx")
+    errors.HfHubHTTPError,
+    *(base for base in errors.HfHubHTTPError.__mro__ if base.__module__.partition(".")[0] in _HTTP_PACKAGES),
 ][-1]
 
 _Result = TypeVar("_Result")
@@ -77,9 +82,11 @@ def _download(name: str, revision: str) -> Path:
         return _ask(call, lambda error: _explain(name, revision, error), again)
 
     def fetch(file: str, revision: str) -> Path:
-        return Path(
-            ask(lambda: huggingface_hub.hf_hub_download(name, file, revision=revision), again=_UnreachableError)
-        )
+        def download() -> str:
+            with _plain_http():
+                return huggingface_hub.hf_hub_download(name, file, revision=revision)
+
+        return Path(ask(download, again=_UnreachableError))
 
     # Without a network, this first question should not wait for one.
     information = ask(lambda: huggingface_hub.HfApi().model_info(name, revision=revision), again=_BusyError)
@@ -92,6 +99,21 @@ def _download(name: str, revision: str) -> Path:
             for shard in shard_names(path):
                 fetch(shard, folder.name)
     return folder
+
+
+@contextmanager
+def _plain_http() -> Iterator[None]:
+    """Let huggingface_hub leave hf_xet alone, unless `HF_HUB_DISABLE_XET=0` asks for it.
+
+    Xet takes large files from servers of other names than the hub's. Where a firewall hides them, or they stall, it
+    waits in silence for minutes or for ever. HTTP goes on where it broke off, and says what is wrong.
+    """
+    before = constants.HF_HUB_DISABLE_XET
+    constants.HF_HUB_DISABLE_XET = before or "HF_HUB_DISABLE_XET" not in os.environ
+    try:
+        yield
+    finally:
+        constants.HF_HUB_DISABLE_XET = before
 
 
 def needed_files(name: str, available: Collection[str]) -> list[str]:

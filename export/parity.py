@@ -1,9 +1,9 @@
 """The gate at the end of an export: the graph against the checkpoint, over several shapes."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -63,10 +63,57 @@ class Parity:
     tolerance: float
 
 
+@dataclass(frozen=True, slots=True)
+class Expectation:
+    """What a graph has to compute in one case.
+
+    Attributes:
+        case: The case.
+        rows: Token ids of each row, those in the cache and the new ones.
+        logits: After each row's new tokens, row after row, shape [sum of new, vocabulary].
+    """
+
+    case: Case
+    rows: list[IntArray]
+    logits: FloatArray
+
+
+def expected_logits(
+    weights: Weights, config: CheckpointConfig, on_case: Callable[[], object] = lambda: None
+) -> list[Expectation]:
+    """Compute in plain torch what a graph of the checkpoint has to compute in each case.
+
+    It is done before there is a graph, so that the weights of a large checkpoint need not lie in memory beside those
+    of its graph.
+
+    Args:
+        weights: The checkpoint's weights.
+        config: Its config.
+        on_case: Called after each case.
+
+    Returns:
+        The cases that fit into the checkpoint's context.
+    """
+    random = np.random.default_rng(_SEED)
+    expected = []
+    for case in CASES:
+        if max(map(sum, zip(case.past, case.new, strict=True))) <= config.n_positions:
+            rows = [
+                random.integers(0, config.vocab_size, past + new) for past, new in zip(case.past, case.new, strict=True)
+            ]
+            logits = [
+                reference_logits(weights, config, torch.from_numpy(row))[past:].numpy()
+                for row, past in zip(rows, case.past, strict=True)
+            ]
+            expected.append(Expectation(case, rows, np.concatenate(logits)))
+        on_case()
+    return expected
+
+
 def check_parity(
     graph_path: Path,
-    weights: Weights,
     config: CheckpointConfig,
+    expected: Sequence[Expectation],
     on_case: Callable[[], object] = lambda: None,
     precision: str = "fp32",
 ) -> Parity:
@@ -74,8 +121,8 @@ def check_parity(
 
     Args:
         graph_path: The exported graph.
-        weights: The checkpoint's weights.
-        config: Its config.
+        config: The checkpoint's config.
+        expected: What `expected_logits` computed from the checkpoint.
         on_case: Called after each case.
         precision: Of the graph, "fp32" or "fp16".
 
@@ -83,7 +130,7 @@ def check_parity(
         ParityError: They differ by more than 1e-4, or 1e-5 of the largest logit if that is more; in half precision by
             more than 1 % of it.
     """
-    return compare_with_checkpoint(_Graph(graph_path, config), weights, config, on_case, precision)
+    return compare(_Graph(graph_path, config), expected, on_case, precision)
 
 
 class ComparedGraph(Protocol):
@@ -93,41 +140,27 @@ class ComparedGraph(Protocol):
         """Return the logits after each row's new tokens, row after row, shape [sum of new, vocabulary]."""
 
 
-def compare_with_checkpoint(
+def compare(
     graph: ComparedGraph,
-    weights: Weights,
-    config: CheckpointConfig,
+    expected: Sequence[Expectation],
     on_case: Callable[[], object] = lambda: None,
     precision: str = "fp32",
 ) -> Parity:
     """Compare the logits of a graph with those of the checkpoint; see `check_parity`."""
-    random = np.random.default_rng(_SEED)
-    largest_difference, tolerance, compared = 0.0, _ABSOLUTE_TOLERANCE, 0
-    for case in CASES:
-        if max(map(sum, zip(case.past, case.new, strict=True))) > config.n_positions:
-            continue
-        rows = [
-            random.integers(0, config.vocab_size, past + new) for past, new in zip(case.past, case.new, strict=True)
-        ]
-        expected = np.concatenate(
-            [
-                reference_logits(weights, config, torch.from_numpy(row))[past:].numpy()
-                for row, past in zip(rows, case.past, strict=True)
-            ]
-        )
-        difference = float(np.abs(graph.logits(rows, case) - expected).max())
-        tolerance = max(tolerance, _RELATIVE_TOLERANCES[precision] * float(np.abs(expected).max()))
+    largest_difference, tolerance = 0.0, _ABSOLUTE_TOLERANCE
+    for one in expected:
+        difference = float(np.abs(graph.logits(one.rows, one.case) - one.logits).max())
+        tolerance = max(tolerance, _RELATIVE_TOLERANCES[precision] * float(np.abs(one.logits).max()))
         largest_difference = max(largest_difference, difference)
-        compared += 1
         # Written so that NaN fails as well.
         if not difference <= tolerance:
             raise ParityError(
                 f"the exported graph differs from the checkpoint by {difference:.2g} in a logit, allowed is "
-                f"{tolerance:.2g} (past {case.past}, new {case.new}): no folder was written; "
+                f"{tolerance:.2g} (past {one.case.past}, new {one.case.new}): no folder was written; "
                 "please report this checkpoint's config.json"
             )
         on_case()
-    return Parity(compared, largest_difference, tolerance)
+    return Parity(len(expected), largest_difference, tolerance)
 
 
 class _Graph:
@@ -150,7 +183,8 @@ class _Graph:
         cache = {name: np.zeros(shape, self._cache_type) for name in self._past_names}
         for index, (row, past) in enumerate(zip(rows, case.past, strict=True)):
             if past:
-                self._fill(cache, index, row[:past])
+                of_row = {name: values[index : index + 1] for name, values in cache.items()}
+                self._run(row[np.newaxis, :past], np.arange(past)[np.newaxis], np.array([past]), [], of_row)
         longest = max(case.new)
         input_ids = np.zeros((len(rows), longest), np.int64)  # shorter rows are padded on the right
         position_ids = np.zeros((len(rows), longest), np.int64)
@@ -159,35 +193,31 @@ class _Graph:
             input_ids[index, :new] = row[past:]
             position_ids[index, :new] = np.arange(past, past + new)
             wanted += range(index * longest, index * longest + new)
-        logits: FloatArray
-        (logits,) = self._run(["logits"], input_ids, position_ids, np.add(case.past, case.new), wanted, cache)
-        return logits
-
-    def _fill(self, cache: Mapping[str, FloatArray], index: int, tokens: IntArray) -> None:
-        """Compute the keys and values of one row's first tokens."""
-        row = {name: values[index : index + 1] for name, values in cache.items()}
-        positions = np.arange(tokens.size)[np.newaxis]
-        present = self._run(self._present_names, tokens[np.newaxis], positions, np.array([tokens.size]), [], row)
-        for name, values in zip(self._past_names, present, strict=True):
-            row[name][:] = values
+        return self._run(input_ids, position_ids, np.add(case.past, case.new), wanted, cache)
 
     def _run(
         self,
-        outputs: list[str],
         input_ids: IntArray,
         position_ids: IntArray,
         valid_lengths: IntArray,
         logit_positions: list[int],
         cache: Mapping[str, FloatArray],
-    ) -> Any:
-        return self._session.run(
-            outputs,
-            {
-                "input_ids": input_ids,
-                "position_ids": position_ids,
-                "seqlens_k": (valid_lengths - 1).astype(np.int32),
-                "total_sequence_length": np.array(valid_lengths.max(), np.int32),
-                "logit_positions": np.array(logit_positions, np.int64),
-                **cache,
-            },
-        )
+    ) -> FloatArray:
+        """Compute logits, and update the cache in place: where its capacity is fixed, another may take gigabytes."""
+        binding = self._session.io_binding()
+        for name, values in {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "seqlens_k": (valid_lengths - 1).astype(np.int32),
+            "total_sequence_length": np.array(valid_lengths.max(), np.int32),
+            "logit_positions": np.array(logit_positions, np.int64),
+        }.items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(values))
+        for past_name, present_name in zip(self._past_names, self._present_names, strict=True):
+            value = onnxruntime.OrtValue.ortvalue_from_numpy(cache[past_name])
+            binding.bind_ortvalue_input(past_name, value)
+            binding.bind_ortvalue_output(present_name, value)
+        logits = np.empty((len(logit_positions), self._config.vocab_size), np.float32)
+        binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
+        self._session.run_with_iobinding(binding)
+        return logits

@@ -1,9 +1,9 @@
 """From a checkpoint to a sealed model folder: read, trace, write, check, seal."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from gpt2_edge.errors import MissingDependencyError
 from gpt2_edge.folder import TOKENIZER_NAME
@@ -14,11 +14,12 @@ from gpt2_edge.version import VERSION
 
 try:
     from gpt2_edge.export.checkpoint import Checkpoint, read_checkpoint
+    from gpt2_edge.export.config import CheckpointConfig
     from gpt2_edge.export.half_precision import to_half_precision
-    from gpt2_edge.export.parity import CASES, check_parity
+    from gpt2_edge.export.parity import CASES, Expectation, check_parity, expected_logits
     from gpt2_edge.export.plain_attention import save_with_plain_attention
     from gpt2_edge.export.source import find_checkpoint, is_hub_name
-    from gpt2_edge.export.tracing import save, trace
+    from gpt2_edge.export.tracing import save, traced
 except ModuleNotFoundError as error:
     raise MissingDependencyError(
         f"exporting needs {error.name}, which is not installed: run pip install 'gpt2-edge[cpu,export]' "
@@ -61,45 +62,34 @@ def export_checkpoint(
     """
     check_destination(destination)
     source = find_checkpoint(checkpoint, revision, offline)
-    with Progress("export", total=4 + len(CASES)) as progress:
+    graphs = {"decoder": GRAPH_NAME}
+    if precision == "fp32":
+        graphs["decoder_cuda"] = CUDA_GRAPH_NAME
+    with Progress("export", total=4 + (1 + len(graphs)) * len(CASES)) as progress:
         is_ambiguous = is_hub_name(checkpoint) and source == Path(checkpoint)
         progress.start(
             f"reading the folder {source}, no hub's repository" if is_ambiguous else "reading the checkpoint"
         )
-        read = read_checkpoint(source, max_context)
-        config, weights = read.config, read.weights
-        architecture = _architecture(read)
-        progress.advance()
-        progress.start("tracing the graph")
-        model = trace(weights, config)
-        if precision == "fp16":
-            to_half_precision(model)
-        progress.advance()
         with new_folder(destination) as folder:
-            progress.start("writing the graph and the weights")
-            save(model, folder / GRAPH_NAME)
-            graphs = {"decoder": GRAPH_NAME}
-            if precision == "fp32":
-                save_with_plain_attention(folder / GRAPH_NAME, folder / CUDA_GRAPH_NAME, architecture)
-                graphs["decoder_cuda"] = CUDA_GRAPH_NAME
-            # Not `tokenizer.save`, which raises a plain Exception when the disk is full.
-            (folder / TOKENIZER_NAME).write_text(read.tokenizer.to_str(), encoding="utf-8", newline="\n")
-            progress.advance()
+            # What it returns holds no weights: those of the checkpoint would double what the check takes.
+            written = _write(source, max_context, precision, folder, progress)
+            config = written.config
             progress.start("comparing with the checkpoint")
-            parity = check_parity(folder / GRAPH_NAME, weights, config, progress.advance, precision)
+            parity = check_parity(folder / GRAPH_NAME, config, written.expected, progress.advance, precision)
             if "decoder_cuda" in graphs:
-                check_parity(folder / CUDA_GRAPH_NAME, weights, config)
+                check_parity(folder / CUDA_GRAPH_NAME, config, written.expected, progress.advance)
             progress.start("sealing")
             manifest = write_manifest(
                 folder,
                 Manifest(
-                    architecture=architecture,
+                    architecture=written.architecture,
                     flavour="fused",
                     precision=precision,
+                    cache_precision=precision,
                     recipe=None,
                     graphs=graphs,
                     end_of_text=config.eos_token_id,
-                    source=read.source,
+                    source=written.source,
                     tools={
                         "gpt2-edge": VERSION,
                         **{name: metadata.version(name) for name in ("torch", "onnxscript", "onnx-ir", "onnxruntime")},
@@ -110,6 +100,38 @@ def export_checkpoint(
             )
         progress.advance()
     return manifest
+
+
+@dataclass(frozen=True, slots=True)
+class _Written:
+    """What is known of a checkpoint after its graph was written."""
+
+    config: CheckpointConfig
+    architecture: Architecture
+    source: dict[str, Any]
+    expected: list[Expectation]
+
+
+def _write(source: Path, max_context: int | None, precision: str, folder: Path, progress: Progress) -> _Written:
+    """Read a checkpoint, and write all of a model folder but its manifest."""
+    read = read_checkpoint(source, max_context)
+    architecture = _architecture(read)
+    progress.advance()
+    progress.start("computing its logits")
+    expected = expected_logits(read.weights, read.config, progress.advance)
+    progress.start("tracing the graph")
+    with traced(read.weights, read.config) as model:
+        if precision == "fp16":
+            to_half_precision(model)
+        progress.advance()
+        progress.start("writing the graph and the weights")
+        save(model, folder / GRAPH_NAME)
+    if precision == "fp32":
+        save_with_plain_attention(folder / GRAPH_NAME, folder / CUDA_GRAPH_NAME, architecture)
+    # Not `tokenizer.save`, which raises a plain Exception when the disk is full.
+    (folder / TOKENIZER_NAME).write_text(read.tokenizer.to_str(), encoding="utf-8", newline="\n")
+    progress.advance()
+    return _Written(read.config, architecture, read.source, expected)
 
 
 def _architecture(read: Checkpoint) -> Architecture:

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 
 from gpt2_edge.export.checkpoint import Checkpoint, read_checkpoint
-from gpt2_edge.export.parity import CASES, Case, FloatArray, IntArray, compare_with_checkpoint
+from gpt2_edge.export.parity import CASES, Case, FloatArray, IntArray, compare, expected_logits
 from gpt2_edge.export.pipeline import GRAPH_NAME
 from gpt2_edge.export.source import find_checkpoint
 from gpt2_edge.export.standard_graph import export_graph
@@ -43,10 +43,12 @@ def export_standard(
     """
     check_destination(destination)
     source = find_checkpoint(checkpoint, revision, offline)
-    with Progress("export", total=4 + len(CASES)) as progress:
+    with Progress("export", total=4 + 2 * len(CASES)) as progress:
         progress.start("reading the checkpoint")
         read = read_checkpoint(source, max_context)
         progress.advance()
+        progress.start("computing its logits")
+        expected = expected_logits(read.weights, read.config, progress.advance)
         with new_folder(destination) as folder:
             progress.start("tracing the graph through optimum")
             _write_files(read, folder)
@@ -55,7 +57,7 @@ def export_standard(
             draft = _manifest(read)
             write_manifest(folder, draft)
             graph = _Graph(StandardStepSession(open_folder(folder), threads=1))
-            parity = compare_with_checkpoint(graph, read.weights, read.config, progress.advance)
+            parity = compare(graph, expected, progress.advance)
             progress.start("sealing")
             manifest = write_manifest(folder, replace(draft, measured={"parity": asdict(parity)}))
         progress.advance()
@@ -91,6 +93,7 @@ def _manifest(read: Checkpoint) -> Manifest:
         ),
         flavour="standard",
         precision="fp32",
+        cache_precision="fp32",
         recipe=None,
         graphs={"decoder": GRAPH_NAME},
         end_of_text=config.eos_token_id,

@@ -24,12 +24,27 @@ OPSET: Final = 21
 _BATCH, _SEQUENCE, _CAPACITY, _LOGITS = 2, 3, 11, 4
 
 
-def trace(weights: Weights, config: CheckpointConfig) -> onnx_ir.Model:
+@contextlib.contextmanager
+def traced(weights: Weights, config: CheckpointConfig) -> Iterator[onnx_ir.Model]:
     """Trace a checkpoint to a graph with dynamic batch, sequence, cache capacity and number of logits.
+
+    Yields:
+        The graph, over the memory of the given weights; it has none any more when the block ends.
 
     Raises:
         CheckpointError: The tracer made another graph than this project knows how to run.
     """
+    module = FusedGpt2(weights, config).eval()
+    try:
+        yield _trace(module, config)
+    finally:
+        # The rules of onnxscript's rewriter remember what they last looked at, and with it the whole graph, for as
+        # long as the process lives. Without this a large checkpoint would stay mapped.
+        for parameter in module.parameters():
+            parameter.data = torch.empty(0)
+
+
+def _trace(module: FusedGpt2, config: CheckpointConfig) -> onnx_ir.Model:
     past = [torch.zeros(_BATCH, config.n_head, _CAPACITY, config.padded_head_size) for _ in range(2 * config.n_layer)]
     arguments = (
         torch.zeros(_BATCH, _SEQUENCE, dtype=torch.int64),
@@ -43,7 +58,7 @@ def trace(weights: Weights, config: CheckpointConfig) -> onnx_ir.Model:
     past_names, present_names = key_value_names(config.n_layer)
     with quiet():
         program = torch.onnx.export(
-            FusedGpt2(weights, config).eval(),
+            module,
             arguments,
             dynamo=True,
             opset_version=OPSET,
@@ -87,7 +102,7 @@ def _check_operators(graph: onnx_ir.Graph, config: CheckpointConfig) -> None:
         "LayerNormalization": 2 * config.n_layer + 1,
         "MatMul": 4 * config.n_layer,
         "Gemm": 1,
-        "Gather": 3,
+        "Gather": 4,  # tokens, positions, and twice those whose logits are wanted
     }
     for operator, count in expected.items():
         if counts[operator] != count:

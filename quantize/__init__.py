@@ -13,4 +13,4 @@ def quantize_folder(source: str | Path, destination: str | Path, precision: str 
     from gpt2_edge.quantize.pipeline import quantize_folder as run
     from gpt2_edge.quantize.recipes import default_recipe
 
-    run(Path(source), Path(destination), default_recipe(precision))
+    run(source, Path(destination), default_recipe(precision))

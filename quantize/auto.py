@@ -12,7 +12,7 @@ from typing import Final
 from gpt2_edge.errors import QuantizationError
 from gpt2_edge.manifest import Manifest
 from gpt2_edge.model import Model, load
-from gpt2_edge.quantize.pipeline import quantize_folder
+from gpt2_edge.quantize.pipeline import open_source, quantize_folder
 from gpt2_edge.quantize.recipes import Recipe
 from gpt2_edge.seal import new_folder
 
@@ -70,12 +70,13 @@ class Candidate:
 
 
 def quantize_automatically(
-    source: Path,
+    source: str | Path,
     destination: Path,
     recipes: Sequence[Recipe],
     max_perplexity_increase_percent: float,
     text: Path | None = None,
     calibration: Path | None = None,
+    cache: str = "fp32",
     on_measured: Callable[[Sequence[Candidate]], object] = lambda candidates: None,
     on_failed: Callable[[Recipe, QuantizationError], object] = lambda recipe, error: None,
 ) -> Candidate:
@@ -88,6 +89,7 @@ def quantize_automatically(
         max_perplexity_increase_percent: Over full precision.
         text: To measure quality over, as in `quantize_folder`.
         calibration: As in `quantize_folder`.
+        cache: As in `quantize_folder`.
         on_measured: Called with all candidates before one is chosen.
         on_failed: Called for a recipe that does not suit the model; the others are tried.
 
@@ -98,12 +100,14 @@ def quantize_automatically(
         QuantizationError: No recipe is good enough, or none suits the model; nothing was written.
         ModelFolderError: The source cannot be read, or the destination exists or cannot be written.
     """
+    open_source(source)  # instead of a refusal for each recipe
     with new_folder(destination) as work:
         made: list[tuple[Recipe, Manifest]] = []
         failures: list[QuantizationError] = []
         for recipe in recipes:
             try:
-                made.append((recipe, quantize_folder(source, work / recipe.name, recipe, text, calibration)))
+                manifest = quantize_folder(source, work / recipe.name, recipe, text, calibration, cache=cache)
+                made.append((recipe, manifest))
             except QuantizationError as error:
                 failures.append(error)
                 on_failed(recipe, error)

@@ -58,13 +58,14 @@ def pack(steps: npt.NDArray[np.int8], scales: npt.NDArray[np.float32], bits: int
 
 
 def round_to_nearest(
-    matrix: npt.NDArray[np.float32], block_size: int
+    matrix: npt.NDArray[np.float32], block_size: int, bits: int = 8
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Round each block to 255 evenly spaced values between plus and minus its largest magnitude.
+    """Round each block to evenly spaced values between plus and minus its largest magnitude: 255 at 8 bits.
 
     Args:
         matrix: Shape [rows, columns]; a row gives one output.
         block_size: Columns that share a scale; the last block may be shorter.
+        bits: Of an integer; 0 is one of them, and there are as many below as above.
 
     Returns:
         Integers, shape [rows, columns], and scales, shape [rows, blocks]. A block of zeros has the scale 0 and stays
@@ -75,8 +76,9 @@ def round_to_nearest(
     padded = np.zeros((rows, blocks * block_size), np.float32)
     padded[:, :columns] = matrix
     blocked = padded.reshape(rows, blocks, block_size)
-    scales = np.abs(blocked).max(axis=2) / np.float32(127)
+    most = 2 ** (bits - 1) - 1
+    scales = np.abs(blocked).max(axis=2) / np.float32(most)
     divisors = np.where(scales > 0, scales, np.float32(1))[:, :, np.newaxis]
-    # A scale so small that it was rounded itself could push a quotient past 127.
-    steps = np.clip(np.rint(blocked / divisors), -127, 127)
+    # A scale so small that it was rounded itself could push a quotient past the last step.
+    steps = np.clip(np.rint(blocked / divisors), -most, most)
     return steps.reshape(rows, -1)[:, :columns].astype(np.int8), scales

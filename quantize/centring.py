@@ -14,7 +14,7 @@ import numpy.typing as npt
 from onnx_ir import Graph, Node, Value
 
 from gpt2_edge.quantize.calibration import CalibrationRun, Hessian
-from gpt2_edge.quantize.graph_edit import array_of, constant, is_weight, name_of, only_consumer
+from gpt2_edge.quantize.graph_edit import array_of, is_weight, only_consumer, replace_weight, source_of
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -57,19 +57,19 @@ def centre(graph: Graph, layer: LinearLayer, calibration: CalibrationRun, equali
             share one scale better.
     """
     mean = calibration.mean(layer.x)
-    source = _source(layer.x)
+    source = source_of(layer.x)
     scales = np.ones_like(mean)
     if source.op_type == "LayerNormalization" and only_consumer(source.outputs[0]) is not None:
         if equalize:
             scales = _channel_scales(calibration.largest_distances(layer.x, mean), layer.matrix)
         gain, bias = (array_of(value) for value in source.inputs[1:3])
-        _replace_weight(graph, source, 1, gain / scales)
-        _replace_weight(graph, source, 2, (bias - mean) / scales)
+        replace_weight(graph, source, 1, gain / scales)
+        replace_weight(graph, source, 2, (bias - mean) / scales)
     elif source.op_type == "GroupQueryAttention" and (addition := _addition_of_bias(source)) is not None:
         node, index = addition
         bias = array_of(node.inputs[index]).copy()
         bias[-len(mean) :] -= mean  # queries, keys, values
-        _replace_weight(graph, node, index, bias)
+        replace_weight(graph, node, index, bias)
     else:
         layer.mean = mean
         return
@@ -79,22 +79,12 @@ def centre(graph: Graph, layer: LinearLayer, calibration: CalibrationRun, equali
     layer.mean = np.zeros_like(mean)
 
 
-def _source(x: Value) -> Node:
-    """Return the node that computes the numbers of a value, whatever reshaped them."""
-    producer = x.producer()
-    while producer is not None and producer.op_type == "Reshape" and (inner := producer.inputs[0]) is not None:
-        x, producer = inner, inner.producer()
-    if producer is None:
-        raise ValueError(f"{name_of(x)} is not computed by the graph")
-    return producer
-
-
 def _addition_of_bias(attention: Node) -> tuple[Node, int] | None:
     """Return the node that adds the bias of queries, keys and values, and which of its inputs the bias is."""
     packed = attention.inputs[0]
     if packed is None or only_consumer(packed) is None:
         return None
-    node = _source(packed)
+    node = source_of(packed)
     for index, value in enumerate(node.inputs):
         is_bias = node.op_type == "Add" or (node.op_type == "MatMulNBits" and index == len(node.inputs) - 1)
         if is_bias and value is not None and is_weight(value) and array_of(value).ndim == 1:
@@ -112,10 +102,3 @@ def _channel_scales(largest: FloatArray, matrix: FloatArray) -> FloatArray:
     scales: FloatArray = np.sqrt(np.maximum(largest, _LEAST) / np.maximum(weights, _LEAST))
     scales /= scales.mean()
     return scales
-
-
-def _replace_weight(graph: Graph, node: Node, index: int, array: FloatArray) -> None:
-    """Give one node another weight; others may use the old one too."""
-    name = f"{name_of(node.outputs[0])}.centred.{index}"
-    graph.initializers.pop(name, None)
-    node.replace_input_with(index, constant(graph, name, array.astype(np.float32)))

@@ -24,12 +24,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `quantize`."""
     recipes = "; ".join(f"{recipe.name}: {recipe.note}" for recipe in RECIPES.values())
     precisions = sorted({recipe.precision for recipe in RECIPES.values()})
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="an fp32 model folder")
+    parser.add_argument("folder", metavar="FOLDER", help="an fp32 model folder")
     parser.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="the model folder to make")
     parser.add_argument("--precision", choices=precisions, help="needed, unless --auto chooses")
     parser.add_argument("--recipe", metavar="NAME", help=recipes.replace("%", "%%"))
     parser.add_argument(
         "--calibration", metavar="FILE", type=Path, help="a text for recipes that look at one as they round"
+    )
+    parser.add_argument(
+        "--cache",
+        choices=("fp32", "int8"),
+        default="fp32",
+        help="how keys and values are kept; int8 takes a quarter of the memory and is faster late in a long text",
     )
     parser.add_argument(
         "--text", metavar="FILE", type=Path, help="a text to measure quality over (default: what suits the model)"
@@ -68,7 +74,12 @@ def run(arguments: argparse.Namespace) -> int:
     from gpt2_edge.quantize.pipeline import quantize_folder
 
     manifest = quantize_folder(
-        arguments.folder, arguments.output, recipe, text=arguments.text, calibration=arguments.calibration
+        arguments.folder,
+        arguments.output,
+        recipe,
+        text=arguments.text,
+        calibration=arguments.calibration,
+        cache=arguments.cache,
     )
     _print_result(arguments.output, recipe, manifest, arguments.report)
     return 0
@@ -97,6 +108,7 @@ def _run_auto(arguments: argparse.Namespace) -> int:
         budget,
         text=arguments.text,
         calibration=arguments.calibration,
+        cache=arguments.cache,
         on_measured=show,
         on_failed=lambda recipe, error: print(f"{recipe.name}: {error}", file=sys.stderr),
     )

@@ -1,6 +1,8 @@
 """What every rewriting of a graph needs: constants, and putting one value in the place of another."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import count
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -8,6 +10,41 @@ import onnx_ir
 from onnx_ir import Graph, Node, Value
 
 from gpt2_edge.errors import QuantizationError
+
+MOVING: Final = ("Reshape", "Gather")  # operators that give the numbers they get
+
+
+class NewNodes:
+    """Nodes that are made one after another, to be put into a graph or into a branch of it together.
+
+    Args:
+        name: What the names of the nodes and of their outputs begin with.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.nodes: list[Node] = []
+
+    def node(
+        self,
+        operator: str,
+        inputs: Sequence[Value | None],
+        *,
+        domain: str = "",
+        outputs: int = 1,
+        **attributes: Any,
+    ) -> Sequence[Value]:
+        """Add a node and return its outputs."""
+        name = f"{self.name}.{len(self.nodes)}.{operator}"
+        made = onnx_ir.node(operator, inputs, attributes, domain=domain, num_outputs=outputs, name=name)
+        for index, output in enumerate(made.outputs):
+            output.name = f"{name}.{index}"
+        self.nodes.append(made)
+        return made.outputs
+
+    def value(self, operator: str, inputs: Sequence[Value | None], **attributes: Any) -> Value:
+        """Add a node of one output, of ONNX's own operators, and return that."""
+        return self.node(operator, inputs, **attributes)[0]
 
 
 def constant(graph: Graph, name: str, array: npt.NDArray[np.generic] | np.generic) -> Value:
@@ -36,6 +73,31 @@ def replace_nodes(graph: Graph, old: Iterable[Node], output: Value, new: Value) 
     output.name = None
     onnx_ir.convenience.replace_all_uses_with(output, new, replace_graph_outputs=True)
     graph.remove(old, safe=True)
+
+
+def replace_weight(graph: Graph, node: Node, index: int, array: npt.NDArray[np.float32]) -> None:
+    """Give one node another weight; other nodes keep the old one."""
+    old = node.inputs[index]
+    name = name_of(old)
+    if old is None or len(old.uses()) > 1:
+        name = next(new for number in count(1) if (new := f"{name}.{number}") not in graph.initializers)
+    else:
+        del graph.initializers[name]
+    node.replace_input_with(index, constant(graph, name, array.astype(np.float32)))
+
+
+def source_of(value: Value) -> Node:
+    """Return the node that computes the numbers of a value, whatever reshaped them or picked rows out.
+
+    Raises:
+        ValueError: The graph does not compute it.
+    """
+    producer = value.producer()
+    while producer is not None and producer.op_type in MOVING and (inner := producer.inputs[0]) is not None:
+        value, producer = inner, inner.producer()
+    if producer is None:
+        raise ValueError(f"{name_of(value)} is not computed by the graph")
+    return producer
 
 
 def only_consumer(value: Value) -> Node | None:

@@ -50,7 +50,7 @@ class Measurement:
 
 
 def measure_folder(
-    source: Path, quantized: Path, text: Path | None, on_step: Callable[[], object] = lambda: None
+    source: str | Path, quantized: Path, text: Path | None, on_step: Callable[[], object] = lambda: None
 ) -> Measurement:
     """Compare a quantized folder with its source.
 

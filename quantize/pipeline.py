@@ -5,7 +5,7 @@ from importlib import metadata
 from pathlib import Path
 
 from gpt2_edge.errors import MissingDependencyError, QuantizationError
-from gpt2_edge.folder import TOKENIZER_NAME, open_folder
+from gpt2_edge.folder import BUNDLED_MODELS, TOKENIZER_NAME, ModelFolder, open_folder
 from gpt2_edge.machine_check import GOLDEN_NAME
 from gpt2_edge.manifest import Manifest
 from gpt2_edge.progress import Progress
@@ -20,9 +20,11 @@ from gpt2_edge.version import VERSION
 try:
     import onnx_ir
 
+    from gpt2_edge.quantize.cache_scaling import scale_cache
     from gpt2_edge.quantize.calibration import CalibrationRun
     from gpt2_edge.quantize.folder_graph import read_model
     from gpt2_edge.quantize.golden import golden_logits
+    from gpt2_edge.quantize.integer_cache import MINIMUM_ONNXRUNTIME, use_integer_cache
     from gpt2_edge.quantize.rewrite import check_finite, quantize_matrices
 except ModuleNotFoundError as error:
     raise MissingDependencyError(
@@ -30,8 +32,35 @@ except ModuleNotFoundError as error:
     ) from error
 
 
+def open_source(source: str | Path) -> ModelFolder:
+    """Open a model folder that can be quantized, without hashing its files.
+
+    Raises:
+        QuantizationError: It is quantized already, or of another flavour.
+        ModelFolderError: It cannot be read.
+    """
+    opened = open_folder(source)
+    manifest = opened.manifest
+    if manifest.flavour != "fused":
+        raise QuantizationError(f"{source} is of the {manifest.flavour} flavour: export the checkpoint as fused first")
+    if isinstance(source, str) and source in BUNDLED_MODELS:
+        raise QuantizationError(
+            f"{source} is the bundled model, which is {manifest.precision} already: export its checkpoint, "
+            f"models/{source} of gpt2-edge's repository, and give that folder; write ./{source} for a folder here"
+        )
+    if manifest.precision != "fp32":
+        raise QuantizationError(f"{source} is {manifest.precision}: give the fp32 folder that it was made from")
+    return opened
+
+
 def quantize_folder(
-    source: Path, destination: Path, recipe: Recipe, text: Path | None = None, calibration: Path | None = None
+    source: str | Path,
+    destination: Path,
+    recipe: Recipe,
+    text: Path | None = None,
+    calibration: Path | None = None,
+    *,
+    cache: str = "fp32",
 ) -> Manifest:
     """Quantize an fp32 model folder; the new one appears whole or not at all.
 
@@ -42,6 +71,7 @@ def quantize_folder(
         text: A UTF-8 file to measure quality over; None takes what suits the model: see `choose_text`.
         calibration: A UTF-8 file for recipes that look at a text as they round; None takes what suits the model: see
             `choose_calibration_text`.
+        cache: How keys and values are kept, "fp32" or "int8".
 
     Returns:
         The manifest of the new folder.
@@ -58,35 +88,20 @@ def quantize_folder(
         read_text(text)  # before long work starts
     if calibration is not None:
         read_text(calibration)
-    opened = open_folder(source)
+    opened = open_source(source)
     opened.check_hashes()
     manifest = opened.manifest
-    if manifest.flavour != "fused":
-        raise QuantizationError(f"{source} is of the {manifest.flavour} flavour: export the checkpoint as fused first")
-    if manifest.precision != "fp32":
-        raise QuantizationError(f"{source} is {manifest.precision}: give the fp32 folder that it was made from")
-    uses = 4 * manifest.architecture.layers + 2  # products of the blocks, the head's product, the embedding's lookup
-    matrices = uses - 1 if manifest.architecture.tied_head else uses
-    with Progress("quantize", total=matrices + 2 + MOST_STEPS) as progress:
+    with Progress("quantize", total=_matrices(manifest) + 2 + MOST_STEPS) as progress:
         model = read_model(opened)
         check_finite(model)
         calibrated: CalibrationText | None = None
-        if recipe.needs_calibration:
+        if recipe.needs_calibration or cache == "int8":
             progress.start("preparing the calibration text")
             calibrated = choose_calibration_text(calibration, source)
-        progress.start(f"rounding the matrices ({recipe.name})")
         try:
-            run = None if calibrated is None else CalibrationRun(model, manifest.architecture, calibrated.windows)
-            replaced = quantize_matrices(model, recipe, run, progress.advance)
+            quantized = _rewrite(model, manifest, recipe, calibrated, cache, progress)
         except ValueError as error:  # onnx refuses weights that are linked to from elsewhere, for example
             raise QuantizationError(f"cannot read the weights of {source}: {error}; copy the folder first") from error
-        quantized = len(set(replaced))
-        # The tracer keeps small matrices that are equal as one, so there may be fewer than the blocks have.
-        if len(replaced) != uses or quantized > matrices:
-            raise QuantizationError(
-                f"{quantized} matrices were quantized in {len(replaced)} places, where the model has {matrices} in "
-                f"{uses}: export it again"
-            )
         with new_folder(destination) as folder:
             progress.start("writing the graph and the weights")
             graph_name = manifest.graphs["decoder"]
@@ -97,6 +112,8 @@ def quantize_folder(
             draft = replace(
                 manifest,
                 precision=recipe.precision,
+                cache_precision=cache,
+                minimum_onnxruntime=MINIMUM_ONNXRUNTIME if cache == "int8" else manifest.minimum_onnxruntime,
                 graphs={"decoder": graph_name},
                 recipe={
                     **asdict(recipe),
@@ -117,3 +134,39 @@ def quantize_folder(
             finished = write_manifest(folder, finished)
         progress.advance()
     return finished
+
+
+def _rewrite(
+    model: onnx_ir.Model,
+    manifest: Manifest,
+    recipe: Recipe,
+    calibrated: CalibrationText | None,
+    cache: str,
+    progress: Progress,
+) -> int:
+    """Change the graph in place; return how many matrices were quantized."""
+    if cache == "int8" and calibrated is not None:
+        progress.start("scaling keys and values")
+        scale_cache(model, CalibrationRun(model, manifest.architecture, calibrated.with_other_beginnings()))
+    progress.start(f"rounding the matrices ({recipe.name})")
+    run = None if calibrated is None else CalibrationRun(model, manifest.architecture, calibrated.windows)
+    replaced = quantize_matrices(model, recipe, run, progress.advance)
+    quantized = len(set(replaced))
+    # The tracer keeps small matrices that are equal as one, so there may be fewer than the blocks have.
+    if len(replaced) != _uses(manifest) or quantized > _matrices(manifest):
+        raise QuantizationError(
+            f"{quantized} matrices were quantized in {len(replaced)} places, where the model has "
+            f"{_matrices(manifest)} in {_uses(manifest)}: export it again"
+        )
+    if cache == "int8":
+        use_integer_cache(model)
+    return quantized
+
+
+def _uses(manifest: Manifest) -> int:
+    """Return how often a matrix is used: in products of the blocks, the head's product, the embedding's lookup."""
+    return 4 * manifest.architecture.layers + 2
+
+
+def _matrices(manifest: Manifest) -> int:
+    return _uses(manifest) - 1 if manifest.architecture.tied_head else _uses(manifest)

@@ -12,6 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from gpt2_edge.decoded_logits import decoded_logits
 from gpt2_edge.errors import LogitsError, PromptError
 from gpt2_edge.model import Model
 
@@ -210,9 +211,20 @@ def measure_quality(
     parts = []
     for window in windows:
         reference = full_precision.logits(window)[:-1]
-        parts.append(compare_logits(reference, quantized.logits(window)[:-1], window[1:]))
+        parts.append(compare_logits(reference, window_logits(quantized, window)[:-1], window[1:]))
         on_window()
     return summarize(parts)
+
+
+def window_logits(model: Model, window: Sequence[int]) -> Logits:
+    """Return the logits after each token of a window, as a model that generates them has them.
+
+    Where many tokens at once are computed in another way, more exactly, these are computed one by one.
+    """
+    if not model.manifest.decodes_as_it_prefills:
+        (logits,) = decoded_logits(model, window, [1])
+        return logits
+    return model.logits(window)
 
 
 def compare_greedy_texts(full_precision: Model, quantized: Model, windows: Sequence[Sequence[int]]) -> GreedyComparison:

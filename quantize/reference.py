@@ -8,7 +8,7 @@ from typing import Any, Final, cast
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 from onnx.reference import ReferenceEvaluator
 from onnx.reference.op_run import OpRun
 
@@ -22,7 +22,10 @@ _DOMAIN: Final = "com.microsoft"
 
 
 def reference_logits(
-    model: ModelProto, architecture: Architecture, tokens: list[int], round_activations: bool = True
+    model: ModelProto,
+    architecture: Architecture,
+    tokens: list[int],
+    round_activations: bool = True,
 ) -> FloatArray:
     """Return the logits after each token, shape [tokens, vocabulary].
 
@@ -34,8 +37,10 @@ def reference_logits(
             itself rounds is rounded in any case.
     """
     count = len(tokens)
-    cache = np.zeros((1, architecture.heads, count, architecture.head_size), np.float32)
     past, _ = key_value_names(architecture.layers)
+    types = {value.name: value.type.tensor_type.elem_type for value in model.graph.input}
+    cache_type = np.int8 if types[past[0]] == TensorProto.INT8 else np.float32
+    cache = np.zeros((1, architecture.heads, count, architecture.head_size), cache_type)
     inputs = {
         "input_ids": np.array([tokens], np.int64),
         "position_ids": np.arange(count, dtype=np.int64)[np.newaxis],
@@ -137,21 +142,33 @@ class DynamicQuantizeMatMul(OpRun):
 
 
 class GroupQueryAttention(OpRun):
-    """Causal attention over packed queries, keys and values [batch, sequence, 3 * heads * size], without a past."""
+    """Causal attention over packed queries, keys and values [batch, sequence, 3 * heads * size], without a past.
+
+    Integers in the cache have a step of 1.
+    """
 
     op_domain = _DOMAIN
 
     def _run(
-        self, qkv: FloatArray, *others: npt.NDArray[Any] | None, num_heads: int, scale: float = 0.0, **_: Any
+        self,
+        qkv: FloatArray,
+        *others: npt.NDArray[Any] | None,
+        num_heads: int,
+        scale: float = 0.0,
+        kv_cache_bit_width: int = 0,
+        **_: Any,
     ) -> tuple[npt.NDArray[Any], ...]:
         batch, count, width = qkv.shape
         size = width // 3 // num_heads
         query, key, value = qkv.reshape(batch, count, 3, num_heads, size).transpose(2, 0, 3, 1, 4)
+        if kv_cache_bit_width:
+            key, value = (np.clip(np.rint(each), -128, 127) for each in (key, value))
         scores = query @ key.swapaxes(-1, -2) * np.float32(scale or size**-0.5)
         scores = np.where(np.tri(count, dtype=bool), scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
         mixed = (weights / weights.sum(axis=-1, keepdims=True)) @ value
-        return mixed.transpose(0, 2, 1, 3).reshape(batch, count, -1), key, value
+        cached = [each.astype(np.int8) if kv_cache_bit_width else each for each in (key, value)]
+        return mixed.transpose(0, 2, 1, 3).reshape(batch, count, -1), *cached
 
 
 def _rounded_in_blocks(x: FloatArray, block_size: int) -> FloatArray:

@@ -6,17 +6,21 @@ The embedding's lookup gathers rows of the same integers that the head multiplie
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+import numpy.typing as npt
 import onnx_ir
 from onnx_ir import Graph, Model, Node, Value
 
 from gpt2_edge.errors import QuantizationError
 from gpt2_edge.quantize.blockwise import BlockwiseMatrix, pack
+from gpt2_edge.quantize.branches import replace_by_branches
 from gpt2_edge.quantize.calibration import CalibrationRun
 from gpt2_edge.quantize.centring import LinearLayer, centre
 from gpt2_edge.quantize.graph_edit import (
+    NewNodes,
     array_of,
     constant,
     graph_input,
@@ -25,12 +29,13 @@ from gpt2_edge.quantize.graph_edit import (
     only_consumer,
     replace_nodes,
 )
-from gpt2_edge.quantize.integer_product import insert_integer_product
+from gpt2_edge.quantize.integer_product import integer_product
 from gpt2_edge.quantize.recipes import MatrixFormat, Recipe
 from gpt2_edge.quantize.rounding import round_matrix
 
 # 4 of the kernel's accuracy levels: integer products. The others dequantize the weights in every run.
 _INTEGER_PRODUCTS: Final = 4
+_BIAS_INPUT: Final = 5  # of MatMulNBits
 
 
 def quantize_matrices(
@@ -57,6 +62,7 @@ def quantize_matrices(
             rewriter.replace_linear(node)
         elif node.op_type == "Gemm":
             rewriter.replace_head(node)
+    rewriter.insert_prompt_products()
     for node in tuple(model.graph):
         if node.op_type == "Gather" and node.inputs[1] is graph_input(model.graph, "input_ids"):
             rewriter.replace_embedding(node)
@@ -77,6 +83,28 @@ def check_finite(model: Model) -> None:
             raise QuantizationError(f"{name} holds NaN or infinity: the checkpoint is damaged")
 
 
+@dataclass(frozen=True, slots=True)
+class _PromptLayer:
+    """A layer that is stored once more, for many tokens.
+
+    Attributes:
+        output: Of the node that computes a few tokens.
+        name: Of the layer.
+        x: What is multiplied.
+        steps: Shape [outputs, inputs].
+        scales: Shape [outputs, 1].
+        bias_difference: To the bias of the node that computes a few tokens, shape [outputs]. That one may still change,
+            when what comes behind is centred.
+    """
+
+    output: Value
+    name: str
+    x: Value
+    steps: npt.NDArray[np.int8]
+    scales: npt.NDArray[np.float32]
+    bias_difference: npt.NDArray[np.float32]
+
+
 class _Rewriter:
     def __init__(
         self, graph: Graph, recipe: Recipe, calibration: CalibrationRun | None, on_matrix: Callable[[], object]
@@ -86,6 +114,7 @@ class _Rewriter:
         self._calibration = calibration
         self._on_matrix = on_matrix
         self._tables: dict[str, BlockwiseMatrix] = {}
+        self._prompt_layers: list[_PromptLayer] = []
         self.replaced: list[str] = []
 
     def replace_linear(self, matmul: Node) -> None:
@@ -118,8 +147,9 @@ class _Rewriter:
 
     def _insert_layer(self, before: Node, name: str, layer: LinearLayer, matrix_format: MatrixFormat) -> Value:
         """Round a layer and insert what computes it."""
+        prompt_format = self._recipe.prompt if matrix_format is self._recipe.linear else None
         # The table of the embedding is the head's matrix, so its columns stay as they are.
-        equalize = matrix_format.block_size is None
+        equalize = matrix_format.block_size is None or prompt_format is not None
         if self._calibration is not None:
             if self._recipe.centred:
                 centre(self._graph, layer, self._calibration, equalize)
@@ -127,13 +157,45 @@ class _Rewriter:
                 layer.hessian = self._calibration.hessian(layer.x, layer.mean)
         steps, scales = round_matrix(layer.matrix, matrix_format, layer.hessian)
         if matrix_format.block_size is None:
-            if layer.x.shape is None or len(layer.x.shape) != 2:
-                raise QuantizationError(f"the graph was made by an older release ({name}): export the model again")
-            bias = layer.bias_beside(steps * scales)
-            return insert_integer_product(self._graph, before, name, layer.x, steps, scales, bias)
+            nodes = NewNodes(name)
+            output = self._integer_product(nodes, layer.x, steps, scales, layer.bias_beside(steps * scales))
+            self._graph.insert_before(before, nodes.nodes)
+            return output
         table = pack(steps, scales, matrix_format.bits, matrix_format.block_size)
         self._tables[name] = table
-        return self._insert_blockwise_product(before, name, layer, table)
+        output = self._insert_blockwise_product(before, name, layer, table)
+        if prompt_format is not None:
+            steps, scales = round_matrix(layer.matrix, prompt_format, None)
+            difference = layer.bias_beside(steps * scales) - layer.bias_beside(table.dequantized())
+            self._prompt_layers.append(_PromptLayer(output, name, layer.x, steps, scales, difference))
+        return output
+
+    def _integer_product(
+        self,
+        nodes: NewNodes,
+        x: Value,
+        steps: npt.NDArray[np.int8],
+        scales: npt.NDArray[np.float32],
+        bias: npt.NDArray[np.float32],
+    ) -> Value:
+        if x.shape is None or len(x.shape) != 2:
+            raise QuantizationError(f"the graph was made by an older release ({nodes.name}): export the model again")
+        return integer_product(self._graph, nodes, x, steps, scales, bias)
+
+    def insert_prompt_products(self) -> None:
+        """Let the other matrices compute many tokens: only now, because what was calibrated is what decodes."""
+        for layer in self._prompt_layers:
+            node = layer.output.producer()
+            if node is None:
+                raise ValueError(f"{layer.name} was taken out of the graph")
+            many, few = NewNodes(f"{layer.name}.prompt"), NewNodes(f"{layer.name}.decode")
+            bias = layer.bias_difference
+            if len(node.inputs) > _BIAS_INPUT:
+                bias = bias + array_of(node.inputs[_BIAS_INPUT])
+            product = self._integer_product(many, layer.x, layer.steps, layer.scales, bias)
+            attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+            outputs = few.node(node.op_type, node.inputs, domain=node.domain, **attributes)
+            replace_by_branches(self._graph, node, (few, outputs), (many, [product]))
 
     def _insert_blockwise_product(self, before: Node, name: str, layer: LinearLayer, table: BlockwiseMatrix) -> Value:
         bias = layer.bias_beside(table.dequantized())

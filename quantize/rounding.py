@@ -26,5 +26,5 @@ def round_matrix(
     columns = matrix.shape[1]
     block_size = matrix_format.block_size or columns
     if matrix_format.rounding == "nearest":
-        return round_to_nearest(matrix, block_size)
+        return round_to_nearest(matrix, block_size, matrix_format.bits)
     return gptq(matrix, np.eye(columns) if hessian is None else hessian, matrix_format.bits, block_size)

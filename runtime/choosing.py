@@ -11,8 +11,10 @@ import numpy as np
 
 from gpt2_edge.errors import LogitsError, OptionError
 from gpt2_edge.options import GenerationOptions
+from gpt2_edge.peaked import PeakedDraw, can_draw
+from gpt2_edge.random_uniform import RandomUniform
 from gpt2_edge.results import TokenLogprobs
-from gpt2_edge.sampling import Logits, RandomUniform, TokenIds, choose_token, find_fault, greedy, keep_top_k
+from gpt2_edge.sampling import Logits, TokenIds, choose_token, find_fault, greedy, keep_top_k
 from gpt2_edge.token_history import TokenHistory
 
 _OFF: Final = GenerationOptions()
@@ -42,6 +44,9 @@ class TokenChooser:
         seed: Of the random numbers.
         final_tokens: Tokens that may end the continuation, which `min_new_tokens` holds back.
         position: Random numbers that were drawn before, to go on after them.
+
+    Attributes:
+        is_plainly_greedy: Whether it takes the likeliest token of the raw logits and wants nothing else of them.
     """
 
     def __init__(self, options: GenerationOptions, seed: int, final_tokens: Sequence[int], position: int = 0) -> None:
@@ -55,12 +60,10 @@ class TokenChooser:
         self._always_changes = bool(
             self._looks_back or options.logit_bias or options.banned_tokens or options.logits_processor
         )
-        self._is_plainly_greedy = (
-            options.effective_temperature == 0
-            and options.logprobs is None
-            and not self._always_changes
-            and not options.min_new_tokens
-        )
+        self._peaked_draw = PeakedDraw(options, self._uniform) if can_draw(options) else None
+        is_plain = options.logprobs is None and not self._always_changes and not options.min_new_tokens
+        self.is_plainly_greedy = is_plain and options.effective_temperature == 0
+        self._plain_draw = self._peaked_draw if is_plain else None
         self._history: TokenHistory | None = None
 
     @property
@@ -80,17 +83,25 @@ class TokenChooser:
             LogitsError: The model's logits, the options or the logits processor leave nothing that can be chosen.
             OptionError: The logits processor returns something. What it raises itself is not caught.
         """
-        if self._is_plainly_greedy:
-            # The same as below, without touching more code than needed: it has to be fetched anew after every step.
-            token = int(logits.argmax())
-            if -math.inf < logits.item(token) < math.inf:
-                return Choice(token, None)
+        # The same as below, without touching more code than needed: it has to be fetched anew after every step.
+        if self.is_plainly_greedy:
+            likeliest = int(logits.argmax())
+            if -math.inf < logits.item(likeliest) < math.inf:
+                return Choice(likeliest, None)
+        elif self._plain_draw is not None:
+            drawn = self._plain_draw.draw(logits)
+            if drawn is not None:
+                return Choice(drawn, None)
         if self._always_changes or self._holds_back(continuation):
             token = self._choose_from_changed(logits, prompt, continuation)
         else:
-            token = choose_token(logits, self._options, self._uniform)
+            token = self._choose_from(logits)
         count = self._options.logprobs
         return Choice(token, None if count is None else report_logprobs(logits, token, count))
+
+    def _choose_from(self, logits: Logits) -> int:
+        token = None if self._peaked_draw is None else self._peaked_draw.draw(logits)
+        return choose_token(logits, self._options, self._uniform) if token is None else token
 
     def _choose_from_changed(self, logits: Logits, prompt: Sequence[int], continuation: Sequence[int]) -> int:
         greedy(logits)  # refuses what the model should not have computed, before anybody sees it
@@ -98,7 +109,7 @@ class TokenChooser:
         self._apply_options(changed, prompt, continuation)
         self._call_processor(changed, prompt, continuation)
         try:
-            return choose_token(changed, self._options, self._uniform)
+            return self._choose_from(changed)
         except LogitsError:
             raise self._name_culprit(logits, changed, prompt, continuation) from None
 

@@ -6,6 +6,7 @@ Looked at from outside, because ONNX Runtime itself only logs what is missing an
 import contextlib
 import ctypes
 import io
+import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,11 +19,14 @@ from gpt2_edge.errors import MissingDependencyError
 CUDA_PROVIDER: Final = "CUDAExecutionProvider"
 # The first whose node placement, device views and captured graphs this package was made for.
 MINIMUM_ONNXRUNTIME: Final = (1, 31)
-_INSTALL: Final = "pip install 'gpt2-edge[cuda]'"
-_REINSTALL: Final = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'gpt2-edge[cuda]'"
+# In double quotes, which every shell understands, that of Windows too.
+_INSTALL: Final = f'pip install "onnxruntime-gpu[cuda,cudnn]>={".".join(map(str, MINIMUM_ONNXRUNTIME))}"'
+_INSTALL_FOR_CPU: Final = 'pip install "onnxruntime>=1.22"'
 _DRIVERS: Final = "https://www.nvidia.com/drivers"
 # NVIDIA's table of the driver that each CUDA needs at least, on Linux; Windows has about the same numbers.
 _DRIVER_OF_CUDA: Final = {12: "525", 13: "580"}
+# The oldest GPUs that onnxruntime-gpu's wheels have kernels for: https://github.com/microsoft/onnxruntime/pull/31992.
+_LEAST_CAPABILITY_OF_CUDA: Final = {12: (6, 0), 13: (7, 5)}
 _MAJORS: Final = (11, 12, 13, 14)
 _WHEELS: Final = (
     *("onnxruntime", "onnxruntime-gpu", "onnxruntime-directml", "onnxruntime-openvino", "onnxruntime-qnn"),
@@ -45,6 +49,7 @@ class CudaInstallation:
     """What was found.
 
     Attributes:
+        has_gpu_wheels: Whether onnxruntime-gpu is made for this system and processor.
         packages: Installed distributions of ONNX Runtime and their versions.
         onnxruntime: Version of the one that is imported; empty if it cannot be.
         import_error: Why it cannot be imported; empty if it can.
@@ -57,6 +62,7 @@ class CudaInstallation:
         gpus: What the driver lists.
     """
 
+    has_gpu_wheels: bool
     packages: Mapping[str, str]
     onnxruntime: str
     import_error: str
@@ -84,29 +90,50 @@ def cuda_problems(found: CudaInstallation, gpu: int = 0) -> list[Problem]:
         found: What `inspect_cuda` returned.
         gpu: Which GPU is meant.
     """
-    wheels = sorted(found.packages)
-    if len(wheels) > 1:
-        return [Problem(f"{' and '.join(wheels)} are installed together and overwrite each other's files", _REINSTALL)]
-    if found.import_error:
-        return [Problem(found.import_error, _INSTALL)]
+    broken = wheel_problem(found, for_gpu=True)
+    if broken is not None:
+        return [broken]
     if CUDA_PROVIDER not in found.providers:
-        wheel = wheels[0] if wheels else "onnxruntime"
-        return [
-            Problem(
-                f"{wheel} {found.onnxruntime} was built without CUDA",
-                f"pip uninstall -y {wheel} && {_INSTALL}",
-            )
-        ]
+        wheel = next(iter(found.packages), "onnxruntime")
+        what = f"{wheel} {found.onnxruntime} was built without CUDA"
+        if not found.has_gpu_wheels:
+            return [
+                Problem(
+                    f"{what}, and there is no onnxruntime-gpu for this system: it is for Linux and Windows on x86-64",
+                    'choose the CPU: device="cpu"',
+                )
+            ]
+        return [Problem(what, f"pip uninstall -y {wheel} && {_INSTALL}")]
     version = tuple(int(part) for part in found.onnxruntime.split(".")[:2] if part.isdigit())
     if version < MINIMUM_ONNXRUNTIME:
         minimum = ".".join(map(str, MINIMUM_ONNXRUNTIME))
         return [
             Problem(
                 f"onnxruntime-gpu is {found.onnxruntime}, a GPU needs {minimum} or newer",
-                f"pip install --upgrade 'onnxruntime-gpu[cuda,cudnn]>={minimum}'",
+                f'pip install --upgrade "onnxruntime-gpu[cuda,cudnn]>={minimum}"',
             )
         ]
     return [*_driver_problems(found, gpu), *_library_problems(found)]
+
+
+def wheel_problem(found: CudaInstallation, *, for_gpu: bool) -> Problem | None:
+    """Return why ONNX Runtime cannot be used at all, or None if it can.
+
+    Args:
+        found: What `inspect_cuda` returned.
+        for_gpu: Whether the remedy should install the wheel for GPUs; else that for the CPU.
+    """
+    install = _INSTALL if for_gpu and found.has_gpu_wheels else _INSTALL_FOR_CPU
+    wheels = sorted(found.packages)
+    if len(wheels) > 1:
+        return Problem(
+            f"{' and '.join(wheels)} are installed together and overwrite each other's files",
+            f"pip uninstall -y {' '.join(wheels)} && {install}",
+        )
+    if found.import_error:
+        uninstall = f"pip uninstall -y {wheels[0]} && " if wheels else ""
+        return Problem(found.import_error, f"{uninstall}{install}")
+    return None
 
 
 def _driver_problems(found: CudaInstallation, gpu: int) -> list[Problem]:
@@ -133,6 +160,16 @@ def _driver_problems(found: CudaInstallation, gpu: int) -> list[Problem]:
     if gpu >= len(found.gpus):
         listing = ", ".join(f"cuda:{each.index} {each.name}" for each in found.gpus)
         return [Problem(f"there is no GPU cuda:{gpu}", f"choose one of {listing}")]
+    least = _LEAST_CAPABILITY_OF_CUDA.get(found.cuda_major, (0, 0))
+    if tuple(map(int, found.gpus[gpu].compute_capability.split("."))) < least:
+        chosen = found.gpus[gpu]
+        return [
+            Problem(
+                f"cuda:{gpu} {chosen.name} has compute capability {chosen.compute_capability}, onnxruntime-gpu "
+                f"{found.onnxruntime} for CUDA {found.cuda_major} needs {'.'.join(map(str, least))} or newer",
+                'choose the CPU: device="cpu"',
+            )
+        ]
     return []
 
 
@@ -146,7 +183,7 @@ def _library_problems(found: CudaInstallation) -> list[Problem]:
         Problem(
             f"onnxruntime-gpu {found.onnxruntime} needs libraries of CUDA {found.cuda_major} and cuDNN 9, and "
             f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing{instead}",
-            f"pip install 'onnxruntime-gpu[cuda,cudnn]=={found.onnxruntime}'",
+            f'pip install "onnxruntime-gpu[cuda,cudnn]=={found.onnxruntime}"',
         )
     ]
 
@@ -177,6 +214,7 @@ def inspect_cuda(*, thoroughly: bool = False) -> CudaInstallation:
     driver = _Driver() if has_cuda or thoroughly else None
     libraries = {name: _find_library(name) for name in _library_names(cuda_major)} if has_cuda else {}
     return CudaInstallation(
+        has_gpu_wheels=sys.platform in ("linux", "win32") and platform.machine().lower() in ("x86_64", "amd64"),
         packages=packages,
         onnxruntime=version,
         import_error=import_error,
@@ -237,7 +275,8 @@ class _Driver:
         self.gpus: tuple[Gpu, ...] = ()
         try:
             library: Any = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
-        except OSError:
+            library.cuDriverGetVersion, library.cuDeviceGetCount  # noqa: B018 - a library of another kind lacks them
+        except (OSError, AttributeError):
             return
         self.found = True
         version, count = ctypes.c_int(), ctypes.c_int()

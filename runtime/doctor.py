@@ -6,10 +6,17 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
-from gpt2_edge.cuda_installation import CUDA_PROVIDER, CudaInstallation, Problem, cuda_problems, inspect_cuda
+from gpt2_edge.cuda_installation import (
+    CUDA_PROVIDER,
+    CudaInstallation,
+    Problem,
+    cuda_problems,
+    inspect_cuda,
+    wheel_problem,
+)
+from gpt2_edge.free_memory import free_memory_bytes
 from gpt2_edge.processor import describe_processor
 from gpt2_edge.telemetry import telemetry_state
 from gpt2_edge.threads import usable_cores
@@ -84,10 +91,12 @@ def report(cuda: CudaInstallation, host: Host) -> Examination:
         facts |= {f"  {name}": path or "not found" for name, path in cuda.libraries.items()}
     problems: list[Problem] = []
     notes: list[str] = []
-    broken = bool(cuda.import_error) or len(cuda.packages) > 1
+    broken = wheel_problem(cuda, for_gpu=bool(cuda.gpus))
     obstacles = cuda_problems(cuda)
-    if broken or CUDA_PROVIDER in cuda.providers:
-        problems += obstacles  # somebody installed the wheel for GPUs, or none works
+    if broken is not None:
+        problems.append(broken)
+    elif CUDA_PROVIDER in cuda.providers:
+        problems += obstacles  # somebody installed the wheel for GPUs
     elif cuda.gpus and obstacles:
         notes.append(f"models run on the CPU: {obstacles[0].what}; to use the GPU: {obstacles[0].remedy}")
     if sys.maxsize < 2**32:
@@ -95,7 +104,8 @@ def report(cuda: CudaInstallation, host: Host) -> Examination:
     if "AVX2" not in " ".join(instruction_sets).upper() and platform.machine().lower() in ("x86_64", "amd64"):
         notes.append("this processor has no AVX2, or does not say so: models run, several times slower")
     if not host.telemetry.startswith("disabled"):
-        problems.append(Problem(f"ONNX Runtime's telemetry {host.telemetry}", "export ORT_DISABLE_TELEMETRY=1"))
+        switch_off = "setx ORT_DISABLE_TELEMETRY 1" if sys.platform == "win32" else "export ORT_DISABLE_TELEMETRY=1"
+        problems.append(Problem(f"ONNX Runtime's telemetry {host.telemetry}", switch_off))
     if host.free_memory_bytes is not None and host.free_memory_bytes < _LEAST_FREE_MEMORY_BYTES:
         problems.append(
             Problem(
@@ -110,7 +120,7 @@ def report(cuda: CudaInstallation, host: Host) -> Examination:
 def inspect_host() -> Host:
     """Look at what does not concern CUDA's libraries."""
     driver_version, free = _ask_nvidia_smi()
-    return Host(_free_memory_bytes(), telemetry_state(), driver_version, free)
+    return Host(free_memory_bytes(), telemetry_state(), driver_version, free)
 
 
 def _describe_driver(cuda: CudaInstallation, host: Host) -> str:
@@ -133,18 +143,6 @@ def _ask_nvidia_smi() -> tuple[str | None, tuple[int, ...]]:
         return (rows[0][0] if rows else None), tuple(int(row[1]) * _MIB for row in rows)
     except (OSError, subprocess.SubprocessError, ValueError, IndexError):
         return None, ()
-
-
-def _free_memory_bytes() -> int | None:
-    """Return what can be had without swapping; None if unknown."""
-    if sys.platform != "linux":
-        return None
-    try:
-        fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        available = int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
-    return available
 
 
 def _gigabytes(size_bytes: int) -> str:

@@ -22,15 +22,14 @@ from typing import Final
 
 import numpy as np
 
-from gpt2_edge.errors import ModelClosedError, OptionError
+from gpt2_edge.errors import DeviceError, ModelClosedError, OptionError
 from gpt2_edge.interrupt import deferred_interrupt
 from gpt2_edge.kv_cache import SequenceCache
 from gpt2_edge.prompt_reuse import PromptReuse
 from gpt2_edge.session import Logits
-from gpt2_edge.session_protocol import ModelSession
+from gpt2_edge.session_protocol import ChoosingSession, ModelSession
 
 PREFILL_CHUNK_TOKENS: Final = 256
-MAXIMUM_ROWS: Final = 16  # a power of two
 _WATCHED_CHUNK_TOKENS: Final = 64  # a shorter chunk is over before anybody could interrupt it
 _WATCH_SECONDS: Final = 0.02
 
@@ -43,6 +42,8 @@ class Row(ABC):
         done: Set by the row when it wants no more; by the engine when it failed or was abandoned.
         restarts: Set by `receive` after it replaced `tokens`: they are all computed again.
         failure: The exception because of which the engine gave the row up.
+        takes_likeliest: Whether the likeliest token is all that the row wants of a decode step. Where the session can
+            choose it, `receive_likeliest` is called instead of `receive`; but not always.
         abandoned: Set when nobody waits for the row any more.
         left: Whether the engine has nothing to do with the row, because it has not joined or was taken out.
         started_at: `time.perf_counter()` when its first chunk began; 0 before.
@@ -58,6 +59,7 @@ class Row(ABC):
         self.done = False
         self.restarts = False
         self.failure: BaseException | None = None
+        self.takes_likeliest = False
         self.abandoned = False
         self.left = True
         self.started_at = 0.0
@@ -77,6 +79,10 @@ class Row(ABC):
 
         After the last token so far, the row must append a token to `tokens`, or set `restarts` or `done`.
         """
+
+    def receive_likeliest(self, token: int) -> None:
+        """Take the token with the largest logit; as `receive` after the last token, where `takes_likeliest` is set."""
+        raise NotImplementedError
 
     def interrupted(self) -> bool:
         """Tell whether the row should end where it is; asked often, from any thread."""
@@ -104,6 +110,7 @@ class Engine:
 
     def __init__(self, session: ModelSession) -> None:
         self._session = session
+        self._choosing = session if isinstance(session, ChoosingSession) else None
         self._process = os.getpid()
         self._lock = threading.RLock()  # guards the five below; held for moments, never during a step
         self._computed_by: int | None = None  # the thread
@@ -114,6 +121,7 @@ class Engine:
         # These belong to the thread that computes.
         self._in_receive = False
         self._somebody_done = False
+        self._most_rows = session.most_slots
         self._prefilling: Row | None = None
         self._decoding: list[Row] = []
         self._prompts = PromptReuse(PREFILL_CHUNK_TOKENS)
@@ -263,7 +271,7 @@ class Engine:
     def _next_is_known(self) -> bool:
         with self._lock:
             row = self._waiting[0] if self._waiting else None
-        if row is None or row.initial_cache is not None or len(self._decoding) >= MAXIMUM_ROWS:
+        if row is None or row.initial_cache is not None or len(self._decoding) >= self._most_rows:
             return False
         return self._prompts.find(row.tokens, _wanted(row), len(self._decoding)).logits is not None
 
@@ -271,13 +279,18 @@ class Engine:
         """Let the row that waits longest begin, in the slot after those that decode."""
         with self._lock:
             waiting = len(self._waiting)
-            if not waiting or len(self._decoding) >= MAXIMUM_ROWS:
+            if not waiting or len(self._decoding) >= self._most_rows:
                 return
             row = self._prefilling = self._waiting.popleft()
         first_time = not row.started_at
-        row.started_at = row.started_at or time.perf_counter()
         try:
-            self._make_room(min(MAXIMUM_ROWS, len(self._decoding) + waiting))
+            self._make_room(min(self._most_rows, len(self._decoding) + waiting))
+            if len(self._decoding) >= self._session.slots:  # it waits on, until another has ended
+                with self._lock:
+                    self._waiting.appendleft(row)
+                self._prefilling = None
+                return
+            row.started_at = row.started_at or time.perf_counter()
             self._take_over_what_is_known(row, len(self._decoding))
         except Exception as error:  # noqa: BLE001 - belongs to the row that begins; nobody else is touched
             row.prefilled = 0
@@ -288,10 +301,15 @@ class Engine:
             row.reused = row.prefilled
 
     def _make_room(self, slots: int) -> None:
-        if slots > self._session.slots:
-            in_use = {slot: len(row.tokens) - 1 for slot, row in enumerate(self._decoding)}
-            # Doubled, so that it happens rarely.
-            self._session.reserve_slots(1 << (slots - 1).bit_length(), self._prompts.lengths() | in_use)
+        in_use = {slot: len(row.tokens) - 1 for slot, row in enumerate(self._decoding)}
+        wanted = 1 << (slots - 1).bit_length()  # doubled, so that it happens rarely
+        while wanted > self._session.slots:
+            try:
+                self._session.reserve_slots(wanted, self._prompts.lengths() | in_use)
+            except (DeviceError, MemoryError):
+                # Fewer side by side take longer, but all are answered.
+                wanted //= 2
+                self._most_rows = max(wanted, self._session.slots)
 
     def _take_over_what_is_known(self, row: Row, slot: int) -> None:
         """Put what is known of the first tokens of a row into a slot."""
@@ -368,14 +386,23 @@ class Engine:
     def _decode(self) -> None:
         rows = self._decoding
         # The last token of a row is the one that has not been computed yet.
-        logits = self._session.decode([row.tokens[-1] for row in rows], [len(row.tokens) - 1 for row in rows])
+        tokens, lengths = [row.tokens[-1] for row in rows], [len(row.tokens) - 1 for row in rows]
+        if self._choosing is not None and any(row.takes_likeliest for row in rows):
+            wanted = [row.takes_likeliest for row in rows]
+            for row, outcome in zip(rows, self._choosing.decode_likeliest(tokens, lengths, wanted), strict=True):
+                self._deliver(row, outcome)
+            return
+        logits = self._session.decode(tokens, lengths)
         for index, row in enumerate(rows):
             self._deliver(row, logits[index : index + 1])
 
-    def _deliver(self, row: Row, logits: Logits) -> None:
+    def _deliver(self, row: Row, outcome: Logits | int) -> None:
         self._in_receive = True
         try:
-            row.receive(logits)
+            if isinstance(outcome, int):
+                row.receive_likeliest(outcome)
+            else:
+                row.receive(outcome)
             if row.done or row.restarts:
                 self._somebody_done = True
         except Exception as error:  # noqa: BLE001 - raised again in the thread that waits for the row
@@ -435,7 +462,10 @@ class Engine:
 
     def _release_memory_if_idle(self) -> None:
         """Give all slots but one back, and keep the longest prompt in it."""
-        if self._waiting or self._all_rows() or self._closed or self._session.slots == 1:
+        if self._waiting or self._all_rows() or self._closed:
+            return
+        self._most_rows = self._session.most_slots  # there may be more memory the next time
+        if not self._session.spare_slots:
             return
         lengths = self._prompts.lengths()
         longest = max(lengths, key=lambda slot: lengths[slot], default=None)

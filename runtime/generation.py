@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from gpt2_edge.choosing import TokenChooser
+from gpt2_edge.choosing import Choice, TokenChooser
 from gpt2_edge.engine import Row
 from gpt2_edge.errors import LogitsError
 from gpt2_edge.options import GenerationOptions
@@ -74,6 +74,7 @@ class GenerationRow(Row):
             final_tokens.add(facts.end_of_text)
         self._final_tokens = final_tokens
         self._chooser = TokenChooser(options, seed, sorted(final_tokens), draws)
+        self.takes_likeliest = self._chooser.is_plainly_greedy
         self._assembler = TextAssembler(facts.token_bytes, tuple(options.stop))
         self._deadline = None if options.deadline_seconds is None else time.perf_counter() + options.deadline_seconds
         self._can_be_interrupted = options.cancel is not None or self._deadline is not None
@@ -98,7 +99,13 @@ class GenerationRow(Row):
 
     def receive(self, logits: Logits) -> None:
         """Choose the next token and decide whether it is the last."""
-        choice = self._chooser.choose(logits[0], self._prompt, self._continuation)
+        self._take(self._chooser.choose(logits[0], self._prompt, self._continuation))
+
+    def receive_likeliest(self, token: int) -> None:
+        """Take the token that was chosen for it."""
+        self._take(Choice(token, None))
+
+    def _take(self, choice: Choice) -> None:
         self._last_token_at = time.perf_counter()
         self._chosen += 1
         if self._chosen == 1:

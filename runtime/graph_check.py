@@ -24,8 +24,9 @@ _LARGEST_CONSTANT: Final = 1 << 28  # values; the embedding of GPT-2 XL has 80 m
 _LEAST_CHECKED_VALUES: Final = 64  # a mask's minus infinity is a scalar
 _CHUNK_BYTES: Final = 1 << 18
 
-# What `export` and `quantize` write for the fused flavour, and operators of the same kind: none runs a graph or knows
-# the machine, and only Expand, whose sizes are checked, makes much of little. Add what a new recipe needs.
+# What `export` and `quantize` write for the fused flavour, and operators of the same kind: none runs a graph again and
+# again or knows the machine, and only Expand, whose sizes are checked, makes much of little. Add what a new recipe
+# needs.
 _FUSED_OPERATORS: Final = frozenset(
     re.findall(
         r"\w+",
@@ -33,7 +34,7 @@ _FUSED_OPERATORS: Final = frozenset(
     Abs Add And BiasGelu BitShift BitwiseAnd BitwiseOr BitwiseXor Cast CastLike Ceil Celu Clip Concat Constant
     Cos DequantizeLinear Div DynamicQuantizeLinear DynamicQuantizeMatMul Elu Equal Erf Exp Expand FastGelu
     Flatten Floor FusedGemm FusedMatMul Gather GatherBlockQuantized GatherElements GatherND Gelu Gemm Greater
-    GreaterOrEqual GroupQueryAttention HardSigmoid HardSwish Identity LayerNormalization LeakyRelu Less
+    GreaterOrEqual GroupQueryAttention HardSigmoid HardSwish Identity If LayerNormalization LeakyRelu Less
     LessOrEqual Log MatMul MatMulInteger MatMulIntegerToFloat MatMulNBits Max Min Mish Mod Mul
     MultiHeadAttention Neg Not Or Pow QLinearMatMul QuantizeLinear QuickGelu Reciprocal ReduceMax ReduceMean
     ReduceMin ReduceProd ReduceSum Relu Reshape Round Selu Shape Sigmoid Sign Sin SkipLayerNormalization Slice

@@ -13,7 +13,7 @@ _WITHOUT_A_COPY: Final = "session.use_external_initializer_file_buffers_directly
 _FIRST_WITHOUT_A_COPY: Final = (1, 31)
 
 
-def open_graph(folder: ModelFolder, name: str, options: Any, **arguments: Any) -> Any:
+def open_graph(folder: ModelFolder, name: str, options: Any, part: bytes = b"", **arguments: Any) -> Any:
     """Check a graph and make an `onnxruntime.InferenceSession` of it.
 
     ONNX Runtime reads the weights where they are mapped, so they are those that the folder's hashes were computed of.
@@ -24,6 +24,7 @@ def open_graph(folder: ModelFolder, name: str, options: Any, **arguments: Any) -
         folder: An opened model folder.
         name: The graph's file.
         options: `onnxruntime.SessionOptions`.
+        part: What is added to the graph, as `graph_writer.model_part` returns it; needs ONNX Runtime 1.31.
         **arguments: What else the session takes.
 
     Raises:
@@ -47,7 +48,7 @@ def open_graph(folder: ModelFolder, name: str, options: Any, **arguments: Any) -
         options.add_session_config_entry(_WITHOUT_A_COPY, "1")
         options.add_external_initializers_from_files_in_memory(list(contents), views, [len(view) for view in views])
     with releasing_pages(content.file for content in contents.values()):
-        session = onnxruntime.InferenceSession(folder.content(name).read(), options, **arguments)
+        session = onnxruntime.InferenceSession(folder.content(name).read() + part, options, **arguments)
     session.mapped_weights = views  # it reads them as long as it lives
     return session
 

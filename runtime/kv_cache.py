@@ -4,6 +4,7 @@ import math
 import mmap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from gpt2_edge.manifest import Architecture
 from gpt2_edge.onnxruntime_import import onnxruntime
 
+CacheArray = npt.NDArray[Any]  # float32 or int8
 KeyValueViews = list[onnxruntime.OrtValue]  # key and value of layer 0, key and value of layer 1, ...
 
 
@@ -22,7 +24,7 @@ class SequenceCache:
         arrays: Key and value of layer 0, of layer 1, ..., each of shape [heads, tokens, head_size].
     """
 
-    arrays: list[npt.NDArray[np.float32]]
+    arrays: list[CacheArray]
 
     @property
     def tokens(self) -> int:
@@ -44,12 +46,18 @@ class KVCache:
     Args:
         architecture: The shape of the model.
         slots: How many sequences fit.
+        dtype: Of keys and values: float32 or int8.
     """
 
-    def __init__(self, architecture: Architecture, slots: int) -> None:
+    def __init__(self, architecture: Architecture, slots: int, dtype: npt.DTypeLike = np.float32) -> None:
         shape = (slots, architecture.heads, architecture.context_length, architecture.head_size)
         self.slots = slots
-        self._buffers = [_untouched_zeros(shape) for _ in range(2 * architecture.layers)]
+        self._buffers = [_untouched_zeros(shape, np.dtype(dtype)) for _ in range(2 * architecture.layers)]
+
+    @property
+    def bytes_of_a_slot(self) -> int:
+        """What a sequence takes that fills its context."""
+        return sum(buffer.nbytes for buffer in self._buffers) // self.slots
 
     def views(self, first_slot: int, slots: int) -> KeyValueViews:
         """Return ONNX Runtime values over the memory of some consecutive slots."""
@@ -77,7 +85,7 @@ class KVCache:
             buffer[slot, :, :length] = saved[:, :length]
 
 
-def _untouched_zeros(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
+def _untouched_zeros(shape: tuple[int, ...], dtype: np.dtype[Any]) -> CacheArray:
     """Return zeros in memory of its own, of which the system provides small pages as they are written.
 
     `np.zeros` asks for huge pages where an array is large. With these the first tokens of a sequence, which lie in all
@@ -86,11 +94,12 @@ def _untouched_zeros(shape: tuple[int, ...]) -> npt.NDArray[np.float32]:
     Raises:
         MemoryError: There is not so much.
     """
-    size_bytes = 4 * math.prod(shape)
+    size_bytes = dtype.itemsize * math.prod(shape)
     try:
         memory = mmap.mmap(-1, size_bytes)
     except (OSError, OverflowError) as error:
         raise MemoryError(f"the system has no {size_bytes:,} bytes for a part of the KV cache") from error
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
         memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.float32).reshape(shape)
+    zeros: CacheArray = np.frombuffer(memory, dtype).reshape(shape)
+    return zeros

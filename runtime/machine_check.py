@@ -8,13 +8,12 @@ integer products saturate is further off.
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Final
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Final, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
-from gpt2_edge.engine import Row
+from gpt2_edge.decoded_logits import decoded_logits
 from gpt2_edge.errors import MachineError, ModelFolderError
 from gpt2_edge.folder import ModelFolder
 from gpt2_edge.known_hashes import cache_folder
@@ -28,6 +27,7 @@ GOLDEN_TOKENS: Final = 48
 _GOLDEN_LOGITS: Final = 64  # of each position, spread over the vocabulary
 _FORMAT_VERSION: Final = 1
 _BATCH_PROMPTS: Final = (1, 7, 32)
+_SHORT_BATCH_PROMPTS: Final = (1, 5, 8)  # few enough tokens to be computed as single ones are
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,12 +39,14 @@ class Golden:
         token_ids: The tokens of the vocabulary whose logits are here.
         logits: After each token of the text; shape [tokens, token ids].
         tolerance: The largest difference that is right; see `difference`.
+        decoded: The same where the tokens come one by one; None if that is computed in the same way.
     """
 
     tokens: tuple[int, ...]
     token_ids: tuple[int, ...]
     logits: tuple[tuple[float, ...], ...]
     tolerance: float
+    decoded: "Golden | None" = None
 
     def difference(self, logits: Logits) -> float:
         """Return how far logits are off: the RMS of the differences as a fraction of the golden logits' spread.
@@ -66,6 +68,13 @@ class Golden:
         return json.dumps({"format_version": _FORMAT_VERSION, **asdict(self)}) + "\n"
 
 
+class Deviation(NamedTuple):
+    """How far logits are off, and how far they may be; see `Golden.difference`."""
+
+    difference: float
+    tolerance: float
+
+
 def make_golden(tokens: Sequence[int], logits: Logits, tolerance: float) -> Golden:
     """Keep a part of the logits of a reference, shape [tokens, vocabulary]."""
     vocabulary_size = logits.shape[1]
@@ -84,13 +93,19 @@ def parse_golden(content: bytes, vocabulary_size: int, context_length: int) -> G
         document = json.loads(content)
         if document["format_version"] != _FORMAT_VERSION:
             raise ModelFolderError(f"{GOLDEN_NAME} has another format version: quantize the model again")
-        tokens, ids = (np.array(document[name], np.int64) for name in ("tokens", "token_ids"))
-        logits = np.array(document["logits"], np.float64)
-        tolerance = float(document["tolerance"])
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        golden = _golden(document, vocabulary_size, context_length)
+        decoded = document.get("decoded")
+        return golden if decoded is None else replace(golden, decoded=_golden(decoded, vocabulary_size, context_length))
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise ModelFolderError(
             f"{GOLDEN_NAME} does not hold golden logits: {error}; quantize the model again"
         ) from error
+
+
+def _golden(document: dict[str, Any], vocabulary_size: int, context_length: int) -> Golden:
+    tokens, ids = (np.array(document[name], np.int64) for name in ("tokens", "token_ids"))
+    logits = np.array(document["logits"], np.float64)
+    tolerance = float(document["tolerance"])
     fits = 0 < tokens.size <= context_length and logits.shape == (tokens.size, ids.size) and ids.size > 1
     known = all(each.min(initial=0) >= 0 and each.max(initial=0) < vocabulary_size for each in (tokens, ids))
     if tokens.ndim != 1 or ids.ndim != 1 or not fits or not known or not np.isfinite(logits).all() or not tolerance > 0:
@@ -98,28 +113,29 @@ def parse_golden(content: bytes, vocabulary_size: int, context_length: int) -> G
     return Golden(tuple(tokens.tolist()), tuple(ids.tolist()), tuple(map(tuple, logits.tolist())), tolerance)
 
 
-def check_machine(model: Model, golden: Golden) -> dict[str, float]:
+def check_machine(model: Model, golden: Golden) -> dict[str, Deviation]:
     """Compute the golden text here: in one pass, token by token, and in a batch of rows that begin differently.
 
     Returns:
-        How far each of the ways is off; see `Golden.difference`.
+        How far each of the ways is off.
 
     Raises:
         MachineError: One is off by more than the tolerance.
     """
-    count = len(golden.tokens)
-    (alone,) = _decoded(model, golden.tokens, [1])
-    batch = _decoded(model, golden.tokens, [min(prompt, count) for prompt in _BATCH_PROMPTS])
+    one_by_one = golden if golden.decoded is None else golden.decoded
+    batch_prompts = _BATCH_PROMPTS if golden.decoded is None else _SHORT_BATCH_PROMPTS
+    (alone,) = decoded_logits(model, one_by_one.tokens, [1])
+    batch = decoded_logits(model, one_by_one.tokens, [min(each, len(one_by_one.tokens)) for each in batch_prompts])
     found = {
-        "prefill": golden.difference(model.logits(golden.tokens)),
-        "decode": golden.difference(alone),
-        "batch": max(map(golden.difference, batch)),
+        "prefill": Deviation(golden.difference(model.logits(golden.tokens)), golden.tolerance),
+        "decode": Deviation(one_by_one.difference(alone), one_by_one.tolerance),
+        "batch": Deviation(max(map(one_by_one.difference, batch)), one_by_one.tolerance),
     }
-    for way, difference in found.items():
-        if difference > golden.tolerance:
+    for way, (difference, tolerance) in found.items():
+        if difference > tolerance:
             raise MachineError(
                 f"this machine computes the model wrongly: the logits of {way} differ from the golden ones by "
-                f"{100 * difference:.2g} % of their spread, where {100 * golden.tolerance:.2g} % is right; use another "
+                f"{100 * difference:.2g} % of their spread, where {100 * tolerance:.2g} % is right; use another "
                 "recipe or the fp32 folder here, and report the processor"
             )
     return found
@@ -155,35 +171,3 @@ def ensure_machine(model: Model, golden: Golden) -> None:
         path.touch()
     except OSError:  # a home folder that cannot be written to: the check is made again the next time
         return
-
-
-class _GivenTokensRow(Row):
-    """Computes given tokens, the first ones at once and the others one by one, and keeps all logits."""
-
-    def __init__(self, tokens: Sequence[int], prompt: int) -> None:
-        super().__init__(tokens[:prompt])
-        self.chunks: list[Logits] = []
-        self._following = iter(tokens[prompt:])
-        self._received = 0
-
-    def logit_positions(self, start: int, stop: int) -> range:
-        """Logits after every token."""
-        return range(start, stop)
-
-    def receive(self, logits: Logits) -> None:
-        """Keep the logits, and go on with the next token when those before it are computed."""
-        self.chunks.append(logits.copy())
-        self._received += len(logits)
-        if self._received < len(self.tokens):
-            return
-        token = next(self._following, None)
-        if token is None:
-            self.done = True
-        else:
-            self.tokens.append(token)
-
-
-def _decoded(model: Model, tokens: Sequence[int], prompts: Sequence[int]) -> list[npt.NDArray[np.float32]]:
-    rows = [_GivenTokensRow(tokens, prompt) for prompt in prompts]
-    model._core.run(rows)
-    return [np.concatenate(row.chunks) for row in rows]

@@ -17,6 +17,7 @@ FORMAT_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_LIMIT_BYTES: Final = 1_000_000
 PRECISIONS: Final = ("fp32", "fp16", "int8", "int4")
+CACHE_NUMBER_BYTES: Final = {"fp32": 4, "fp16": 2, "int8": 1}
 FLAVOURS: Final = ("fused", "standard")
 
 _MOST_LAYERS: Final = 10_000  # of which the inputs of the graph are named one by one
@@ -70,6 +71,7 @@ class Manifest:
         flavour: "fused": attention is `GroupQueryAttention` over a KV cache that is updated in place. "standard": as
             optimum makes it, keys and values go in and come out longer.
         precision: "fp32", "fp16", "int8" or "int4".
+        cache_precision: Of keys and values in the KV cache: "fp32", "fp16" or "int8".
         recipe: How the weights were quantized, as the quantizer recorded it; None if they were not.
         graphs: File name of the ONNX graph for each role; the role "decoder" is always there. "decoder_cuda" computes
             the same from the same weights on a GPU, where the decoder itself cannot.
@@ -84,6 +86,7 @@ class Manifest:
     architecture: Architecture
     flavour: str
     precision: str
+    cache_precision: str
     recipe: Mapping[str, Any] | None
     graphs: Mapping[str, str]
     end_of_text: int | None
@@ -109,6 +112,22 @@ class Manifest:
         """Size of all listed files together."""
         return sum(entry.size_bytes for entry in self.files)
 
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What the keys and values of a token take in the KV cache."""
+        shape = self.architecture
+        return 2 * CACHE_NUMBER_BYTES[self.cache_precision] * shape.layers * shape.heads * shape.head_size
+
+    @property
+    def decodes_as_it_prefills(self) -> bool:
+        """Whether tokens that come one by one get the same logits as at once, but for the last digits.
+
+        Keys and values that a cache rounds are unrounded for tokens that are computed together, and a recipe may have
+        other matrices for prompts.
+        """
+        prompt = None if self.recipe is None else self.recipe.get("prompt")
+        return self.cache_precision != "int8" and prompt is None
+
 
 def parse_manifest(text: str) -> Manifest:
     """Read and check the text of a `manifest.json`.
@@ -129,6 +148,8 @@ def parse_manifest(text: str) -> Manifest:
             f"{FORMAT_VERSION}: {'upgrade gpt2-edge' if version > FORMAT_VERSION else 'export the model again'}"
         )
     architecture = fields.object("architecture")
+    precision = fields.choice("precision", PRECISIONS)
+    usual_cache = _cache_precision_of(precision)
     manifest = Manifest(
         architecture=Architecture(
             layers=architecture.integer("layers", minimum=1, maximum=_MOST_LAYERS),
@@ -142,7 +163,8 @@ def parse_manifest(text: str) -> Manifest:
             tied_head=architecture.boolean("tied_head"),
         ),
         flavour=fields.choice("flavour", FLAVOURS),
-        precision=fields.choice("precision", PRECISIONS),
+        precision=precision,
+        cache_precision=fields.choice("cache_precision", tuple(CACHE_NUMBER_BYTES), default=usual_cache),
         recipe=fields.optional_mapping("recipe"),
         graphs=fields.file_names("graphs"),
         end_of_text=fields.optional_integer("end_of_text"),
@@ -165,6 +187,11 @@ def parse_manifest(text: str) -> Manifest:
             f"{MANIFEST_NAME}: end_of_text is {end_of_text}, the vocabulary has tokens 0 to {vocabulary_size - 1}"
         )
     return manifest
+
+
+def _cache_precision_of(precision: str) -> str:
+    """Return what the cache of a folder holds whose manifest is older than the field."""
+    return "fp16" if precision == "fp16" else "fp32"
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -215,7 +242,9 @@ class _Fields:
             raise self._refuse(name, value, "a string")
         return value
 
-    def choice(self, name: str, allowed: tuple[str, ...]) -> str:
+    def choice(self, name: str, allowed: tuple[str, ...], default: str | None = None) -> str:
+        if default is not None and name not in self._document:
+            return default
         value = self.string(name)
         if value not in allowed:
             raise self._refuse(name, value, f"one of {', '.join(allowed)}")

@@ -1,6 +1,6 @@
 """The facade: load a model folder, generate, stream, look at the next token, score."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, Unpack, cast, overload
@@ -15,7 +15,7 @@ from gpt2_edge.errors import OptionError, PromptError
 from gpt2_edge.folder import TOKENIZER_NAME, open_folder
 from gpt2_edge.generation import GenerationRow, LogitsRow, NextTokenRow
 from gpt2_edge.manifest import Manifest
-from gpt2_edge.options import OptionKeywords
+from gpt2_edge.options import GenerationOptions, OptionKeywords
 from gpt2_edge.results import Generation, NextToken, Piece, Score
 from gpt2_edge.scoring import score_texts
 from gpt2_edge.session import Logits
@@ -134,10 +134,20 @@ class Model:
     def generate(self, prompt: Prompt, *, n: int, **options: Unpack[OptionKeywords]) -> list[Generation]: ...
     @overload
     def generate(
-        self, prompt: PromptList, *, n: None = None, **options: Unpack[OptionKeywords]
+        self,
+        prompt: PromptList,
+        *,
+        n: None = None,
+        row_options: Sequence[OptionKeywords] | None = None,
+        **options: Unpack[OptionKeywords],
     ) -> list[Generation]: ...
     def generate(
-        self, prompt: Prompt | PromptList, *, n: int | None = None, **options: Unpack[OptionKeywords]
+        self,
+        prompt: Prompt | PromptList,
+        *,
+        n: int | None = None,
+        row_options: Sequence[OptionKeywords] | None = None,
+        **options: Unpack[OptionKeywords],
     ) -> Generation | list[Generation]:
         """Continue a prompt, or several side by side.
 
@@ -145,6 +155,8 @@ class Model:
             prompt: Text or token ids; an empty text starts from end-of-text, as a new document does. Or a list of
                 prompts, of any lengths; an empty list is refused, since it may be no prompts or no tokens.
             n: So many samples of one prompt, as a list.
+            row_options: For each prompt of a list, or each sample, what differs from the options given for all: as in
+                `generate(["One", "Two"], max_new_tokens=20, row_options=[{}, {"stop": ["."], "seed": 7}])`.
             **options: See `GenerationOptions`. In a list each row has a seed of its own, derived from the given
                 one; the first row's is the given one.
 
@@ -162,7 +174,7 @@ class Model:
                 f"the prompt is {prompt!r}, which may be no prompts or a prompt of no tokens: "
                 'give "" to start from end-of-text'
             )
-        rows = self._generation_rows(prompt, n, options)
+        rows = self._generation_rows(prompt, n, options, row_options)
         self._core.run(rows)
         results = [row.result() for row in rows]
         return results[0] if n is None and _list_of_prompts(prompt) is None else results
@@ -312,7 +324,11 @@ class Model:
         return _load_again, self._loaded_with
 
     def _generation_rows(
-        self, prompt: Prompt | PromptList, n: int | None, keywords: OptionKeywords
+        self,
+        prompt: Prompt | PromptList,
+        n: int | None,
+        keywords: OptionKeywords,
+        row_keywords: Sequence[OptionKeywords] | None = None,
     ) -> list[GenerationRow]:
         options = self._core.options(keywords)
         if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
@@ -324,10 +340,31 @@ class Model:
             token_lists = [self._core.prompt_tokens(cast(Prompt, prompt))] * (n or 1)
         else:
             token_lists = [self._core.prompt_tokens(each) for each in prompts]
+        seeds = row_seeds(options.seed, len(token_lists))
+        each_options = [options] * len(token_lists)
+        if row_keywords is not None:
+            each_options = self._options_of_rows(keywords, row_keywords, len(token_lists))
+            given = [row.get("seed") for row in row_keywords]
+            seeds = [derived if own is None else own for derived, own in zip(seeds, given, strict=True)]
         return [
-            GenerationRow(tokens, options, seed, self._core.facts)
-            for tokens, seed in zip(token_lists, row_seeds(options.seed, len(token_lists)), strict=True)
+            GenerationRow(tokens, row_options, seed, self._core.facts)
+            for tokens, row_options, seed in zip(token_lists, each_options, seeds, strict=True)
         ]
+
+    def _options_of_rows(
+        self, keywords: OptionKeywords, row_keywords: Sequence[OptionKeywords], rows: int
+    ) -> list[GenerationOptions]:
+        if not isinstance(row_keywords, list | tuple) or not all(isinstance(row, Mapping) for row in row_keywords):
+            raise OptionError("row_options is not a list of dictionaries: give one with options for each prompt")
+        if len(row_keywords) != rows:
+            raise OptionError(f"row_options has {len(row_keywords)} entries for {rows} rows: give one for each")
+        made = []
+        for number, row in enumerate(row_keywords):
+            try:
+                made.append(self._core.options({**keywords, **row}))
+            except OptionError as error:
+                raise OptionError(f"row_options[{number}]: {error}") from error
+        return made
 
 
 def _load_again(

@@ -4,7 +4,7 @@ Knows the graph's inputs and outputs, threads and bindings; knows nothing about 
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -12,15 +12,29 @@ import numpy.typing as npt
 from gpt2_edge.attention_path import whole_matrix_attention
 from gpt2_edge.errors import ModelFolderError
 from gpt2_edge.folder import ModelFolder
+from gpt2_edge.free_memory import free_memory_bytes
 from gpt2_edge.graph_names import key_value_names
 from gpt2_edge.graph_session import open_graph
 from gpt2_edge.kv_cache import KVCache, SequenceCache
 from gpt2_edge.onnxruntime_import import onnxruntime
+from gpt2_edge.row_limit import rows_that_fit
 from gpt2_edge.saturation import products_saturate
 
 Logits = npt.NDArray[np.float32]
 
 _SPIN_MICROSECONDS: Final = "1000"
+
+
+class _CacheType(NamedTuple):
+    numpy: npt.DTypeLike
+    onnxruntime: str
+
+
+_CACHE_TYPES: Final = {
+    "fp32": _CacheType(np.float32, "tensor(float)"),
+    "fp16": _CacheType(np.float16, "tensor(float16)"),
+    "int8": _CacheType(np.int8, "tensor(int8)"),
+}
 
 
 class StepSession:
@@ -32,6 +46,9 @@ class StepSession:
         folder: An opened model folder.
         threads: Threads that compute a step, the calling one among them.
 
+    Attributes:
+        most_slots: How many sequences there may be room for.
+
     Raises:
         ModelFolderError: ONNX Runtime cannot load the graph, or it is not a graph that this class drives.
     """
@@ -39,17 +56,19 @@ class StepSession:
     def __init__(self, folder: ModelFolder, threads: int) -> None:
         check_onnxruntime_version(folder)
         self.architecture = folder.manifest.architecture
+        self._cache_type = _CACHE_TYPES[folder.manifest.cache_precision].numpy
         self.threads = threads
         self._session = create_session(folder, threads)
         check_signature(folder, self._session)
         self._key_value_inputs, self._key_value_outputs = key_value_names(self.architecture.layers)
         try:
-            self._cache = KVCache(self.architecture, slots=1)
+            self._cache = KVCache(self.architecture, 1, self._cache_type)
         except (MemoryError, ValueError) as error:
             raise ModelFolderError(
                 f"there is no memory for the KV cache of {folder.path}, whose manifest has context_length "
                 f"{self.architecture.context_length}: {error}"
             ) from error
+        self.most_slots = rows_that_fit(self._cache.bytes_of_a_slot, free_memory_bytes())
         self._decode_steps: dict[int, _DecodeStep] = {}
         self._prefill_bindings: dict[int, Any] = {}
         self._prefill_options = onnxruntime.RunOptions()
@@ -58,6 +77,11 @@ class StepSession:
     def slots(self) -> int:
         """How many sequences there is room for."""
         return self._cache.slots
+
+    @property
+    def spare_slots(self) -> int:
+        """How many slots `release_spare_slots` would give back."""
+        return self.slots - 1
 
     def reserve_slots(self, slots: int, lengths: Mapping[int, int]) -> None:
         """Make room for at least this many sequences.
@@ -145,7 +169,7 @@ class StepSession:
             raise ModelFolderError(f"ONNX Runtime cannot compute the graph: {first_line(error)}") from error
 
     def _replace_cache(self, slots: int, lengths: Mapping[int, int]) -> None:
-        cache = KVCache(self.architecture, slots)
+        cache = KVCache(self.architecture, slots, self._cache_type)
         cache.copy_slots_from(self._cache, lengths)
         self._decode_steps.clear()
         self._prefill_bindings.clear()
@@ -266,15 +290,22 @@ def _version_numbers(version: str) -> tuple[int, ...]:
     return tuple(numbers + [0] * (4 - len(numbers)))
 
 
-def check_signature(folder: ModelFolder, session: Any) -> None:
+def check_signature(
+    folder: ModelFolder, session: Any, added_outputs: Mapping[str, tuple[str, list[int | None]]] | None = None
+) -> None:
     """Compare the graph's inputs and outputs, their types and fixed dimensions with what a session binds.
+
+    Args:
+        folder: An opened model folder.
+        session: An ONNX Runtime session of its graph.
+        added_outputs: Types and dimensions of outputs that the session added to the graph.
 
     Raises:
         ModelFolderError: They differ.
     """
     architecture = folder.manifest.architecture
     past, present = key_value_names(architecture.layers)
-    cache_type = "tensor(float16)" if folder.manifest.precision == "fp16" else "tensor(float)"
+    cache_type = _CACHE_TYPES[folder.manifest.cache_precision].onnxruntime
     # A graph may have been made for the capacity that the cache always has, the context length.
     capacities = {node.shape[2] for node in session.get_inputs() if node.name in past and len(node.shape) == 4}
     capacity = architecture.context_length if capacities == {architecture.context_length} else None
@@ -290,6 +321,7 @@ def check_signature(folder: ModelFolder, session: Any) -> None:
     outputs = {
         "logits": ("tensor(float)", [None, architecture.vocabulary_size]),
         **dict.fromkeys(present, cache),
+        **(added_outputs or {}),
     }
     for kind, expected, found in (
         ("inputs", inputs, session.get_inputs()),

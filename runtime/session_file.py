@@ -1,7 +1,7 @@
 """Save the state of a text session to one file, and read it back: checked, never pickled.
 
 The file is a line that names the format, a line with the SHA-256 of all that follows, a line of JSON, and the keys and
-values as little-endian float32.
+values as the model caches them: little-endian float32, or int8.
 """
 
 import hashlib
@@ -62,7 +62,10 @@ def save_session(path: Path, state: SessionState, manifest: Manifest) -> None:
         "draws": state.draws,
         "cached_tokens": 0 if state.cache is None else state.cache.tokens,
     }
-    body = [json.dumps(header).encode() + b"\n", *(np.ascontiguousarray(array, "<f4").tobytes() for array in arrays)]
+    body = [
+        json.dumps(header).encode() + b"\n",
+        *(np.ascontiguousarray(array, _stored_type(manifest)).tobytes() for array in arrays),
+    ]
     digest = hashlib.sha256()
     for part in body:
         digest.update(part)
@@ -106,8 +109,13 @@ def _state(path: Path, header: dict[str, Any], values: memoryview, manifest: Man
     shape = manifest.architecture
     array_shape = (shape.heads, header["cached_tokens"], shape.head_size)
     arrays, count = 2 * shape.layers, math.prod(array_shape)
-    if len(values) != (4 * arrays * count if count else 0):
+    stored_type = _stored_type(manifest)
+    if len(values) != (stored_type.itemsize * arrays * count if count else 0):
         raise SessionError(f"{path} is damaged: it holds {len(values):,} bytes of keys and values")
-    numbers = np.frombuffer(values, "<f4").astype(np.float32, copy=False)
+    numbers = np.frombuffer(values, stored_type).astype(stored_type.newbyteorder("="), copy=False)
     cache = SequenceCache([part.reshape(array_shape) for part in np.split(numbers, arrays)]) if count else None
     return SessionState(tuple(header["prompt"]), tuple(header["continuation"]), cache, header["seed"], header["draws"])
+
+
+def _stored_type(manifest: Manifest) -> np.dtype[Any]:
+    return np.dtype("i1" if manifest.cache_precision == "int8" else "<f4")

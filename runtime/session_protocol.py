@@ -1,7 +1,7 @@
 """What the engine asks of a session, whatever device computes and whatever graph it drives."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,12 @@ class ModelSession(Protocol):
 
     @property
     def slots(self) -> int: ...  # noqa: D102
+
+    @property
+    def most_slots(self) -> int: ...  # noqa: D102
+
+    @property
+    def spare_slots(self) -> int: ...  # noqa: D102
 
     def reserve_slots(self, slots: int, lengths: Mapping[int, int]) -> None: ...  # noqa: D102
 
@@ -34,3 +40,12 @@ class ModelSession(Protocol):
     def restore(self, slot: int, sequence: SequenceCache, length: int) -> None: ...  # noqa: D102
 
     def close(self) -> None: ...  # noqa: D102
+
+
+@runtime_checkable
+class ChoosingSession(Protocol):
+    """Can choose the likeliest tokens itself; see `CudaSession` for what the method does."""
+
+    def decode_likeliest(  # noqa: D102
+        self, tokens: Sequence[int], lengths: Sequence[int], wanted: Sequence[bool]
+    ) -> list[int | npt.NDArray[np.float32]]: ...

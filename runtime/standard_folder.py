@@ -116,6 +116,7 @@ def _open(path: Path, graph_name: str | None) -> ModelFolder:
         architecture=architecture,
         flavour="standard",
         precision="int8" if operators.intersection(_INTEGER_OPERATORS) else "fp32",
+        cache_precision="fp32",
         recipe=None,
         graphs={"decoder": graph_name},
         end_of_text=_end_of_text(config, generation, architecture.vocabulary_size),
@@ -126,7 +127,7 @@ def _open(path: Path, graph_name: str | None) -> ModelFolder:
             FileEntry(name, content.size_bytes, content.sha256()) for name, content in sorted(contents.items())
         ),
     )
-    return ModelFolder(home, manifest.to_json().encode(), manifest, contents, None)
+    return ModelFolder(home, manifest.to_json().encode(), manifest, contents, None, is_sealed=False)
 
 
 def _graph_names(path: Path) -> list[str]:

@@ -20,6 +20,7 @@ from gpt2_edge.folder import ModelFolder
 from gpt2_edge.graph_reader import read_graph
 from gpt2_edge.kv_cache import SequenceCache
 from gpt2_edge.onnxruntime_import import onnxruntime
+from gpt2_edge.row_limit import ROWS_OF_ANY_MACHINE
 from gpt2_edge.session import Logits, check_onnxruntime_version, create_session, first_line
 
 # `past_key_values.0.key` and `present.0.key`; the names before the number have changed over the years.
@@ -79,6 +80,8 @@ class StandardStepSession:
         ModelFolderError: ONNX Runtime cannot load the graph, or it is not a graph that this class drives.
     """
 
+    most_slots: Final = ROWS_OF_ANY_MACHINE  # each step copies the keys and values of all rows
+
     def __init__(self, folder: ModelFolder, threads: int) -> None:
         check_onnxruntime_version(folder)
         self.architecture = folder.manifest.architecture
@@ -96,6 +99,11 @@ class StandardStepSession:
     def slots(self) -> int:
         """How many sequences there is room for."""
         return len(self._places)
+
+    @property
+    def spare_slots(self) -> int:
+        """How many slots `release_spare_slots` would give back."""
+        return self.slots - 1
 
     def reserve_slots(self, slots: int, lengths: Mapping[int, int]) -> None:
         """Make room for at least this many sequences; all that are there are kept."""

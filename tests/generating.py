@@ -45,3 +45,10 @@ CALLS: Final[dict[str, Callable[[Model, Any], Any]]] = {
 def calls_but(*left_out: str) -> pytest.MarkDecorator:
     names = [name for name in CALLS if name not in left_out]
     return pytest.mark.parametrize("call", [CALLS[name] for name in names], ids=names)
+
+
+def write_words(path: Path, seed: int = 0) -> Path:
+    """Write a text of random words."""
+    words = ["the", "king", "said", "to", "his", "daughter", "a", "bird", "came", "and", "sang", "in", "garden", "."]
+    path.write_text(" ".join(np.random.default_rng(seed).choice(words, 600)), encoding="utf-8")
+    return path

@@ -49,6 +49,7 @@ class Hub:
         failures: Status codes with which the next requests for a path are answered, by a part of the path.
         cut_after: How many bytes of the next answers for a large file are sent, before the connection is cut.
         requests: Method and path of every request, with its range if it has one.
+        xet: Where a Xet server is said to have the large files; None if they come by HTTP alone.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -56,6 +57,7 @@ class Hub:
     failures: dict[str, list[int]] = field(default_factory=dict)
     cut_after: list[int] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    xet: str | None = None
     address: str = ""
 
     def downloaded(self) -> list[str]:
@@ -100,6 +102,13 @@ class _Handler(BaseHTTPRequestHandler):
         match path.split("/"):
             case ["large", sha256]:
                 return self._send_large(sha256, asked_range)
+            case ["api", "xet-token"]:
+                token = {
+                    "X-Xet-Cas-Url": self.hub.xet or "",
+                    "X-Xet-Access-Token": "t",
+                    "X-Xet-Token-Expiration": "9" * 10,
+                }
+                return self._send(200, token, b"")
             case ["api", "models", *rest]:
                 name, _, revision = "/".join(rest).partition("/revision/")
                 return self._in_repository(name, revision or "main", None)
@@ -133,6 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
         # The real hub sends large files from other hosts; a name is what makes this one another.
         location = f"{self.hub.address.replace('127.0.0.1', 'localhost')}/large/{sha256}"
         linked = {"X-Linked-ETag": f'"{sha256}"', "X-Linked-Size": str(len(content)), "Location": location}
+        if self.hub.xet is not None:
+            linked |= {"X-Xet-Hash": sha256, "X-Xet-Refresh-Route": f"{self.hub.address}/api/xet-token"}
         return self._send(302, headers | linked, b"")
 
     def _send_large(self, sha256: str, asked_range: str | None) -> None:

@@ -146,7 +146,7 @@ def test_a_recipe_that_does_not_suit_the_model(
 ) -> None:
     original = auto.quantize_folder
 
-    def quantize(source: Path, destination: Path, recipe: Recipe, *more: object) -> Manifest:
+    def quantize(source: Path, destination: Path, recipe: Recipe, *more: object, cache: str) -> Manifest:
         if recipe.name == "int8-a":
             raise QuantizationError("it does not suit the model")
         return original(source, destination, recipe)
@@ -166,6 +166,14 @@ def test_a_recipe_that_does_not_suit_the_model(
     with pytest.raises(QuantizationError, match="does not suit"):
         auto.quantize_automatically(tiny, outputs / "none", recipes[:1], 50.0)
     assert [path.name for path in outputs.iterdir()] == ["auto"]
+
+
+def test_a_source_that_is_quantized_already_is_refused_once(outputs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", "storyteller", "-o", str(outputs / "auto"), "--auto"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("gpt2-edge: storyteller is the bundled model, which is int8 already: ")
+    assert said.count("\n") == 1
+    assert list(outputs.iterdir()) == []
 
 
 @pytest.mark.parametrize(("text", "percent"), [("1%", 1.0), ("0.01", 1.0), ("0.5%", 0.5), ("0", 0.0), ("1", 100.0)])

@@ -57,7 +57,7 @@ def test_the_last_token_of_a_depth_fits_exactly() -> None:
     [
         {"prompts": (0,)},
         {"new_tokens": ()},
-        {"batches": (17,)},
+        {"batches": (65,)},
         {"batches": (True,)},
         {"repetitions": 0},
         {"threads": (0,)},

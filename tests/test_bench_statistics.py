@@ -1,5 +1,7 @@
 """Means, spreads, percentiles, ratios and verdicts, against values worked out by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -128,6 +130,11 @@ def test_bytes_touched_by_a_token_of_the_storyteller() -> None:
     assert bytes_touched_per_token(manifest, 0) == weights_bytes(manifest) - 4 * 512 * 256
     # 6 layers, keys and values of 256 floats for each token before.
     assert bytes_touched_per_token(manifest, 100) - bytes_touched_per_token(manifest, 0) == 6 * 2 * 256 * 4 * 100
+    integers = replace(manifest, cache_precision="int8")
+    assert bytes_touched_per_token(integers, 100) - bytes_touched_per_token(integers, 0) == 6 * 2 * 256 * 100
+    assert manifest.recipe is not None
+    twofold = replace(manifest, recipe={**manifest.recipe, "prompt": {"bits": 8}})
+    assert bytes_touched_per_token(manifest, 0) - bytes_touched_per_token(twofold, 0) == 6 * 12 * 256 * 256
 
 
 def test_bandwidth_counts_the_bytes_that_were_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -224,7 +224,7 @@ def test_bias_beside_a_rounded_matrix_keeps_the_output_for_the_mean() -> None:
     assert layer.bias_beside(rounded) is bias
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if recipe.prompt is None])
 def test_layer_behind_a_gelu_keeps_its_mean_output(recipe: str, folder: Path) -> None:
     """Its own bias makes up for what rounding the matrix does to the mean of the inputs that the graph now computes."""
     model, original = loaded(folder), loaded(folder)

@@ -2,18 +2,24 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import onnx
 import onnx_ir
+import onnxruntime
 import pytest
 
-from gpt2_edge.benchmarks import cuda_graphs
+from gpt2_edge.benchmarks import cuda_check, cuda_graphs
+from gpt2_edge.benchmarks.cuda_check import run_apart
+from gpt2_edge.benchmarks.cuda_checks import CHECKS, Plan, Result, collect
 from gpt2_edge.benchmarks.cuda_graphs import KITS, fill, storyteller_weights, write_kit
 from gpt2_edge.export import export_checkpoint
 
@@ -45,25 +51,90 @@ def test_it_runs_from_the_repository_alone(tmp_path: Path) -> None:
     document: dict[str, Any] = json.loads((tmp_path / "results.json").read_text())
     results = {result["name"]: result for result in document["results"]}
     checks = [result for result in results.values() if result["passed"] is not None]
-    assert len(checks) == 13
+    assert document["state"] == "finished"
+    assert len(checks) == 21
     assert all(result["passed"] for result in checks)
     assert results["fp32: greedy tokens as on the CPU, in a batch"]["value"] == "8 of 8"
     # Goals are for a GPU and the whole models: a quick run judges none, whatever it measures.
-    assert results["decode, batch 64, tokens/s"]["passed"] is None
+    assert results["decode, greedy, batch 64, tokens/s"]["passed"] is None
+    assert results["decode, greedy, batch 64, without CUDA graphs, tokens/s"]["goal"] == ""
     assert results["XL decode: bytes of weights a second over bandwidth"]["goal"] == "at least 60%"
-    assert "python" in document["machine"]
+    beside_transformers = results["decode, greedy, batch 1, over that of transformers"]
+    assert beside_transformers["value"] == "torch and transformers are not installed"
+    assert {"python", "onnxruntime", "gpu", "driver", "numpy", "tokenizers"} <= set(document["machine"])
 
 
-def test_asked_for_a_gpu_it_fails_where_there_is_none(capsys: pytest.CaptureFixture[str]) -> None:
-    import onnxruntime
-
+def test_asked_for_a_gpu_it_fails_where_there_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this ONNX Runtime has the provider")
-    from gpt2_edge.benchmarks import cuda_check
-
-    assert cuda_check.main(["--quick", "--no-xl"]) == 1
+    assert cuda_check.main(["--quick", "--json", str(tmp_path / "results.json")]) == 1
     captured = capsys.readouterr()
-    assert "CUDAExecutionProvider" in captured.err + captured.out
+    assert "nothing else can run before this does" in captured.err
+    (result,) = json.loads((tmp_path / "results.json").read_text())["results"]
+    assert "CUDAExecutionProvider" in result["value"]
+    assert result["passed"] is False
+
+
+def test_it_is_compared_with_transformers_where_there_is_one(tmp_path: Path) -> None:
+    theirs, ratio = collect(CHECKS["transformers"], Plan("cpu", 0, True, tmp_path))
+    assert float(theirs.value.replace(",", "")) > 0
+    assert float(ratio.value) > 0
+    assert ratio.passed is None
+
+
+def test_what_a_check_raises_is_a_line_after_those_that_it_had(tmp_path: Path) -> None:
+    def check_something(plan: Plan) -> Iterator[Result]:
+        yield Result("first", "1", "", None)
+        raise ArithmeticError("no more")
+
+    plan = Plan("cpu", 0, True, tmp_path)
+    assert list(collect(check_something, plan)) == [
+        Result("first", "1", "", None),
+        Result("check_something ended early", "ArithmeticError: no more", "to run", False),
+    ]
+
+
+FIRST_LINE: Final = "import json,sys; print(json.dumps({'name':'a','value':'1','goal':'','passed':None}),flush=True)"
+
+
+@pytest.mark.parametrize(
+    ("rest", "value"),
+    [
+        ("", None),
+        ("sys.exit(3)", "ended with status 3"),
+        ("import os,signal; os.kill(os.getpid(),signal.SIGSEGV)", "ended by SIGSEGV"),
+        ("import time; time.sleep(60)", "took more than 2 s"),
+    ],
+)
+def test_a_check_that_crashes_or_hangs_is_a_line_too(
+    rest: str, value: str | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    started_at = time.monotonic()
+    results = list(run_apart("it", [sys.executable, "-c", f"{FIRST_LINE}; print('5 and other things'); {rest}"], 2))
+    assert time.monotonic() - started_at < 15
+    assert results[0] == Result("a", "1", "", None)
+    assert results[1:] == ([] if value is None else [Result("it ended early", value, "to run", False)])
+    if value is None:
+        assert capfd.readouterr().err == "5 and other things\n"
+
+
+def test_what_was_found_is_kept_when_it_is_interrupted(tmp_path: Path) -> None:
+    file = tmp_path / "results.json"
+    with subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--json", str(file)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as process:
+        deadline = time.monotonic() + 60
+        while not file.exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    document = json.loads(file.read_text())
+    assert document["state"] == "interrupted"
+    assert document["results"]
+    assert list(tmp_path.iterdir()) == [file]
 
 
 def described(graph: Path) -> tuple[Any, ...]:

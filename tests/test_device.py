@@ -1,28 +1,26 @@
-"""Which device is chosen and why, what is refused with which remedy, and the GPU session's way through host memory."""
+"""Which device is chosen and why, and what is refused with which remedy."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Final
 
-import numpy as np
 import pytest
 
 import gpt2_edge
-from gpt2_edge import cuda_session, device, model
+from gpt2_edge import cuda_session, device
 from gpt2_edge.cuda_installation import CUDA_PROVIDER, CudaInstallation, Gpu, cuda_problems, inspect_cuda
 from gpt2_edge.cuda_session import CudaSession, check_placement
 from gpt2_edge.device import Device, open_session, parse_device, why_not_cuda
-from gpt2_edge.device_array import DeviceArray
 from gpt2_edge.errors import DeviceError, OptionError
 from gpt2_edge.export import export_checkpoint
 from gpt2_edge.folder import ModelFolder, open_folder
 from gpt2_edge.session import StepSession
 
-PROMPTS: Final = ["Once upon a time", "The king", "There was a little girl who lived in a house near the"]
 LIBRARIES: Final = ("libcudart.so.13", "libcublasLt.so.13", "libcublas.so.13", "libcurand.so.10", "libcudnn.so.9")
 HEALTHY: Final = CudaInstallation(
+    has_gpu_wheels=True,
     packages={"onnxruntime-gpu": "1.31.1"},
     onnxruntime="1.31.1",
     import_error="",
@@ -46,28 +44,28 @@ CPU_WHEEL: Final = replace(
             replace(HEALTHY, packages={"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}),
             0,
             "onnxruntime and onnxruntime-gpu are installed together",
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'gpt2-edge[cuda]'",
+            'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "onnxruntime-gpu[cuda,cudnn]>=1.31"',
             id="both wheels",
         ),
         pytest.param(
             CPU_WHEEL,
             0,
             "onnxruntime 1.31.1 was built without CUDA",
-            "pip uninstall -y onnxruntime && pip install 'gpt2-edge[cuda]'",
+            'pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]>=1.31"',
             id="the CPU's wheel",
         ),
         pytest.param(
             replace(HEALTHY, packages={}, onnxruntime="", import_error="ONNX Runtime is not installed", providers=()),
             0,
             "ONNX Runtime is not installed",
-            "pip install 'gpt2-edge[cuda]'",
+            'pip install "onnxruntime-gpu[cuda,cudnn]>=1.31"',
             id="no wheel",
         ),
         pytest.param(
             replace(HEALTHY, onnxruntime="1.22.0"),
             0,
             "onnxruntime-gpu is 1.22.0, a GPU needs 1.31 or newer",
-            "pip install --upgrade 'onnxruntime-gpu[cuda,cudnn]>=1.31'",
+            'pip install --upgrade "onnxruntime-gpu[cuda,cudnn]>=1.31"',
             id="an old wheel",
         ),
         pytest.param(
@@ -88,12 +86,26 @@ CPU_WHEEL: Final = replace(
             replace(HEALTHY, cuda_major=12, driver_cuda=(11, 8)), 0, "up to 11.8", "driver 525 or newer", id="CUDA 12"
         ),
         pytest.param(replace(HEALTHY, gpus=()), 0, "finds no GPU", "CUDA_VISIBLE_DEVICES", id="no GPU"),
+        pytest.param(
+            replace(CPU_WHEEL, has_gpu_wheels=False),
+            0,
+            "there is no onnxruntime-gpu for this system",
+            'device="cpu"',
+            id="a system without wheels for GPUs",
+        ),
+        pytest.param(
+            replace(HEALTHY, gpus=(Gpu(0, "GPU C", "7.0", 16_000_000_000),)),
+            0,
+            "cuda:0 GPU C has compute capability 7.0, onnxruntime-gpu 1.31.1 for CUDA 13 needs 7.5 or newer",
+            'device="cpu"',
+            id="an old GPU",
+        ),
         pytest.param(HEALTHY, 2, "no GPU cuda:2", "choose one of cuda:0 GPU A, cuda:1 GPU B", id="not that many GPUs"),
         pytest.param(
             replace(HEALTHY, libraries={**HEALTHY.libraries, "libcudnn.so.9": None}),
             0,
             "cuDNN 9, and libcudnn.so.9 is missing",
-            "pip install 'onnxruntime-gpu[cuda,cudnn]==1.31.1'",
+            'pip install "onnxruntime-gpu[cuda,cudnn]==1.31.1"',
             id="no cuDNN",
         ),
         pytest.param(
@@ -101,7 +113,7 @@ CPU_WHEEL: Final = replace(
             0,
             "libcudart.so.13, libcublasLt.so.13, libcublas.so.13, libcurand.so.10, libcudnn.so.9 are missing; "
             "CUDA 12 is installed, which does not do",
-            "pip install 'onnxruntime-gpu[cuda,cudnn]==1.31.1'",
+            'pip install "onnxruntime-gpu[cuda,cudnn]==1.31.1"',
             id="another CUDA",
         ),
     ],
@@ -273,143 +285,6 @@ def test_the_placement_that_onnxruntime_reports_is_read(storyteller_fp32: Path) 
             ),
             "Elsewhere",
         )
-    session.close()
-
-
-def test_rows_of_a_device_array_are_views_that_outlive_it() -> None:
-    array = DeviceArray((4, 2, 3), np.float32, "cpu", 0)
-    array.clear()
-    middle = array.rows(1, 2)
-    assert middle.shape() == [2, 2, 3]
-    middle.update_inplace(np.arange(12, dtype=np.float32).reshape(2, 2, 3))
-    whole = array.value.numpy()
-    assert whole.shape == (4, 2, 3)
-    assert whole[:, 0, 0].tolist() == [0, 0, 6, 0]
-    array.rows(3, 1).update_inplace(array.rows(2, 1))
-    assert whole[3].tolist() == [[6, 7, 8], [9, 10, 11]]
-    last = array.rows(3, 1)
-    del array, middle, whole
-    assert last.numpy().ravel().tolist() == [6, 7, 8, 9, 10, 11]
-
-
-@pytest.fixture(scope="module")
-def gpu_model(storyteller_fp32: Path) -> Iterator[gpt2_edge.Model]:
-    """The storyteller's graph for GPUs, driven by the GPU's session, computed by the CPU."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "open_session", lambda folder, *_: (CudaSession(folder, "cpu"), Device("cpu", "a test")))
-        loaded = gpt2_edge.load(storyteller_fp32)
-    with loaded:
-        yield loaded
-
-
-def test_the_graph_for_gpus_writes_the_same_texts(gpu_model: gpt2_edge.Model, fp32_model: gpt2_edge.Model) -> None:
-    expected = fp32_model.generate(PROMPTS, max_new_tokens=40)
-    assert [each.tokens for each in gpu_model.generate(PROMPTS, max_new_tokens=40)] == [
-        each.tokens for each in expected
-    ]
-    for prompt, each in zip(PROMPTS, expected, strict=True):
-        assert gpu_model.generate(prompt, max_new_tokens=40).tokens == each.tokens
-
-
-def test_sampling_draws_the_same_tokens(gpu_model: gpt2_edge.Model, fp32_model: gpt2_edge.Model) -> None:
-    options: Any = {"max_new_tokens": 30, "temperature": 0.9, "top_k": 40, "seed": 5, "n": 4}
-    texts = [each.text for each in gpu_model.generate(PROMPTS[0], **options)]
-    assert texts == [each.text for each in fp32_model.generate(PROMPTS[0], **options)]
-    assert len(set(texts)) == 4
-
-
-def test_a_prompt_longer_than_a_chunk_and_a_fork(gpu_model: gpt2_edge.Model, fp32_model: gpt2_edge.Model) -> None:
-    prompt = "The old man walked along the river and thought of his children. " * 20
-    score, expected = gpu_model.score(prompt), fp32_model.score(prompt)
-    np.testing.assert_allclose(score.logprobs, expected.logprobs, atol=2e-4)
-    session = gpu_model.session()
-    session.append(prompt)
-    session.generate(max_new_tokens=5)
-    fork = session.fork()  # saved to host memory and restored into a slot
-    assert session.generate(max_new_tokens=10).tokens == fork.generate(max_new_tokens=10).tokens
-
-
-def test_slots_keep_their_tokens_when_there_are_more_of_them(storyteller_fp32: Path) -> None:
-    session = CudaSession(open_folder(storyteller_fp32), "cpu")
-    reference = StepSession(open_folder(storyteller_fp32), 1)
-    last = np.array([2])
-    for each in (session, reference):
-        each.prefill(0, [5, 6, 7], 0, last)
-        each.reserve_slots(4, {0: 3})
-        each.prefill(1, [8, 9], 0, np.array([], np.int64))
-        each.copy_slot(1, 2, 2)
-        each.restore(3, each.save(0, 3), 3)
-    tokens, lengths = [10, 11, 11, 10], [3, 2, 2, 3]
-    logits = session.decode(tokens, lengths)
-    np.testing.assert_allclose(logits, reference.decode(tokens, lengths), atol=2e-4)
-    np.testing.assert_array_equal(logits[0], logits[3])
-    np.testing.assert_array_equal(logits[1], logits[2])
-    session.release_spare_slots()
-    assert session.slots == 1
-    session.close()
-
-
-def test_each_number_of_rows_is_captured_once_and_anew_after_the_cache_moved(
-    storyteller_fp32: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session = CudaSession(open_folder(storyteller_fp32), "cpu")
-    captures: list[str] = []
-    released: list[int] = []
-    inner = session._session
-
-    class Recording:
-        def __getattr__(self, name: str) -> Any:
-            return getattr(inner, name)
-
-        def run_with_iobinding(self, binding: Any, options: Any) -> None:
-            captures.append(options.get_run_config_entry("gpu_graph_id"))
-            inner.run_with_iobinding(binding, options)
-
-        def release_captured_graph(self, capture: int) -> None:
-            released.append(capture)
-
-    monkeypatch.setattr(session, "_session", Recording())
-    session.prefill(0, [1, 2], 0, np.array([1]))
-    session.decode([3], [2])
-    session.decode([3], [3])
-    session.reserve_slots(2, {0: 4})
-    session.decode([3], [4])
-    session.decode([3, 4], [5, 1])
-    session.decode([3, 4], [6, 2])
-    session.prefill(1, [1, 2], 0, np.array([1]))
-    assert captures == ["-1", "1", "1", "2", "3", "3", "-1"]
-    assert released == [1]
-    session.close()
-    assert released == [1, 2, 3]
-
-
-def test_a_step_leaves_every_binding_where_it_was(storyteller_fp32: Path) -> None:
-    session = CudaSession(open_folder(storyteller_fp32), "cpu")
-    session.prefill(0, [1, 2], 0, np.array([1]))
-    first = session.decode([3], [2]).copy()
-    step = session._decode_steps[1]
-    address = step.logits.value.data_ptr()
-    second = session.decode([4], [3]).copy()
-    assert session._decode_steps == {1: step}
-    assert step.logits.value.data_ptr() == address
-    assert not np.array_equal(first, second)
-    session.close()
-
-
-def test_a_cache_that_does_not_fit_is_refused_with_its_size(
-    storyteller_fp32: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    session = CudaSession(open_folder(storyteller_fp32), "cpu")
-
-    def fail(*arguments: Any) -> Any:
-        raise RuntimeError("bad allocation\nat some line")
-
-    monkeypatch.setattr(cuda_session, "DeviceArray", fail)
-    with pytest.raises(DeviceError, match=r"cpu:0 has no memory for the KV cache of 64 sequences, 403 MB.*allocation$"):
-        session.reserve_slots(64, {})
-    assert session.slots == 1
-    monkeypatch.undo()
-    session.prefill(0, [1], 0, np.array([0]))
     session.close()
 
 

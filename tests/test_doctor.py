@@ -13,6 +13,7 @@ from gpt2_edge.doctor import Examination, Host, report
 
 HOST: Final = Host(16_000_000_000, "disabled", None, ())
 CPU_ONLY: Final = CudaInstallation(
+    has_gpu_wheels=True,
     packages={"onnxruntime": "1.31.1"},
     onnxruntime="1.31.1",
     import_error="",
@@ -61,22 +62,29 @@ def test_what_there_is_of_cuda_is_said_with_its_place() -> None:
             replace(CPU_ONLY, packages={"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}),
             HOST,
             "installed together",
-            "pip uninstall -y onnxruntime onnxruntime-gpu && pip install 'gpt2-edge[cuda]'",
+            'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "onnxruntime>=1.22"',
             id="both wheels",
         ),
         pytest.param(
             WITH_GPU,
             HOST,
             "libcudnn.so.9 is missing",
-            "pip install 'onnxruntime-gpu[cuda,cudnn]==1.31.1'",
+            'pip install "onnxruntime-gpu[cuda,cudnn]==1.31.1"',
             id="a library",
         ),
         pytest.param(
             replace(CPU_ONLY, packages={}, import_error="ONNX Runtime is not installed"),
             HOST,
             "ONNX Runtime is not installed",
-            "pip install 'gpt2-edge[cuda]'",
+            'pip install "onnxruntime>=1.22"',
             id="no wheel",
+        ),
+        pytest.param(
+            replace(WITH_GPU, packages={"onnxruntime": "1.31.1", "onnxruntime-gpu": "1.31.1"}),
+            HOST,
+            "installed together",
+            'pip uninstall -y onnxruntime onnxruntime-gpu && pip install "onnxruntime-gpu[cuda,cudnn]>=1.31"',
+            id="both wheels beside a GPU",
         ),
         pytest.param(
             CPU_ONLY,
@@ -96,12 +104,18 @@ def test_each_problem_comes_with_what_mends_it(cuda: CudaInstallation, host: Hos
     assert problem.remedy == remedy
 
 
+def test_the_command_that_switches_telemetry_off_is_that_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "win32")
+    (problem,) = report(CPU_ONLY, replace(HOST, telemetry="may be on")).problems
+    assert problem.remedy == "setx ORT_DISABLE_TELEMETRY 1"
+
+
 def test_a_gpu_that_the_installed_wheel_cannot_use_is_a_note_and_no_problem() -> None:
     found = report(replace(CPU_ONLY, driver_found=True, driver_cuda=(13, 0), gpus=(GPU,)), HOST)
     assert found.problems == []
     (note,) = found.notes
     assert note.startswith("models run on the CPU: onnxruntime 1.31.1 was built without CUDA")
-    assert note.endswith("pip uninstall -y onnxruntime && pip install 'gpt2-edge[cuda]'")
+    assert note.endswith('pip uninstall -y onnxruntime && pip install "onnxruntime-gpu[cuda,cudnn]>=1.31"')
 
 
 def test_the_status_says_whether_there_is_a_problem(

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2_edge import Model, ModelClosedError
-from gpt2_edge.engine import MAXIMUM_ROWS, PREFILL_CHUNK_TOKENS, Engine, Row
+from gpt2_edge.engine import PREFILL_CHUNK_TOKENS, Engine, Row
 from gpt2_edge.generation import LogitsRow
+from gpt2_edge.row_limit import MAXIMUM_ROWS
 from gpt2_edge.session import StepSession
 
 Logits = npt.NDArray[np.float32]
@@ -66,6 +67,12 @@ class FakeSession:
     @property
     def slots(self) -> int:
         return len(self._stored)
+
+    most_slots: Final = MAXIMUM_ROWS
+
+    @property
+    def spare_slots(self) -> int:
+        return self.slots - 1
 
     def reserve_slots(self, slots: int, lengths: Mapping[int, int]) -> None:
         with self._used_alone(f"reserve {slots}"):
@@ -366,7 +373,7 @@ def happen(engine: Engine, event: Any, rows: list[Spoken], gone: list[Spoken]) -
 
 
 def test_more_rows_than_slots_begin_in_their_order(engine: Engine, session: FakeSession) -> None:
-    rows = [Spoken(made_up_prompt(seed, 3), wanted=40 + seed % 7) for seed in range(3 * MAXIMUM_ROWS)]
+    rows = [Spoken(made_up_prompt(seed, 3), wanted=80 + seed % 7) for seed in range(3 * MAXIMUM_ROWS)]
     compute(engine, *rows)
     for row in rows:
         row.check()

@@ -175,7 +175,7 @@ def test_graph_is_made_of_fused_operators(storyteller_fp32: Path) -> None:
         "MatMul": 4 * layers,
         "Gelu": layers,
         "Add": 6 * layers + 1,  # a bias for each matrix, two residual connections, the positions
-        "Gather": 3,
+        "Gather": 4,
         # Tokens side by side, but as the attention takes and gives them.
         "Reshape": 2 * layers + 1,
         "Shape": 2,

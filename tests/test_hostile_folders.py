@@ -359,7 +359,7 @@ def test_what_no_reader_foresees_ends_in_one_line_too(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("name", ["wpe.weight", "layer_norm.centred.1", "h.5.mlp.c_proj.weight.bias"])
+@pytest.mark.parametrize("name", ["wpe.weight", "h.0.ln_1.weight", "h.5.mlp.c_proj.weight.bias"])
 def test_weights_that_are_not_finite(folder: Path, name: str, value: float) -> None:
     places = {
         tensor.name: {entry.key: entry.value for entry in tensor.external_data}

@@ -9,7 +9,8 @@ import onnxruntime
 import pytest
 
 from gpt2_edge.quantize.blockwise import round_to_nearest
-from gpt2_edge.quantize.integer_product import insert_integer_product
+from gpt2_edge.quantize.graph_edit import NewNodes
+from gpt2_edge.quantize.integer_product import integer_product
 from gpt2_edge.saturation import products_saturate
 
 FloatArray = npt.NDArray[np.float32]
@@ -34,7 +35,9 @@ def session_of(steps: npt.NDArray[np.int8], scales: FloatArray, bias: FloatArray
         opset_imports={"": 21, "com.microsoft": 1},
         name="one layer",
     )
-    product = insert_integer_product(graph, last, "layer", first.outputs[0], steps, scales, bias)
+    nodes = NewNodes("layer")
+    product = integer_product(graph, nodes, first.outputs[0], steps, scales, bias)
+    graph.insert_before(last, nodes.nodes)
     last.replace_input_with(0, product)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1

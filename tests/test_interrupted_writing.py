@@ -1,11 +1,13 @@
 """What a kill, a full disk or a folder that cannot be written to leaves behind: nothing that is half made.
 
-`tests/kill_exports.py` kills at random moments, as often as one likes; here it is at each flush to the disk.
+`tests/kill_exports.py` kills at random moments, as often as one likes; here it is at each flush to the disk, and at a
+few moments of a quantization.
 """
 
 import os
 import signal
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -24,12 +26,7 @@ import kill_exports
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
-WRITERS: Final = {
-    "seal": (kill_exports.seal, "model"),
-    "pack": (kill_exports.pack, "model.gpt2"),
-    "unpack": (kill_exports.unpack, "model"),
-    "replace": (kill_exports.replace_a_file, "file"),
-}
+WRITERS: Final = kill_exports.WRITERS
 REFUSED: Final = 5
 
 
@@ -74,12 +71,19 @@ def test_a_kill_at_each_flush(name: str, tmp_path: Path) -> None:
     while os.WIFSIGNALED(in_a_child(killed_at_flush(write, destination, kills))):
         left = [path.name for path in destination.parent.iterdir() if path != destination]
         assert all(path.startswith(f".{file_name}.making-") for path in left)
-        kill_exports.is_whole(destination)
-        kill_exports._remove(destination)
+        kill_exports.content_of(destination)
+        kill_exports.remove(destination)
         kills += 1
     assert kills >= 1
-    assert kill_exports.is_whole(destination)
+    assert kill_exports.content_of(destination)
     assert [path.name for path in destination.parent.iterdir()] == [file_name]
+
+
+def test_kills_at_random_moments_of_a_quantization() -> None:
+    script = [sys.executable, kill_exports.__file__, "quantize", "--kills", "5"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.startswith("quantize: 5 kills, ")
 
 
 @pytest.mark.parametrize("name", WRITERS)
@@ -129,5 +133,5 @@ def test_two_processes_write_to_one_place(name: str, tmp_path: Path) -> None:
     statuses = [os.WEXITSTATUS(os.waitpid(process, 0)[1]) for process in processes]
     assert set(statuses) <= {0, REFUSED}
     assert 0 in statuses
-    assert kill_exports.is_whole(tmp_path / file_name)
+    assert kill_exports.content_of(tmp_path / file_name)
     assert [path.name for path in tmp_path.iterdir()] == [file_name]

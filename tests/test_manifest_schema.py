@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 
 from gpt2_edge.errors import ModelFolderError
 from gpt2_edge.folder import open_folder
-from gpt2_edge.manifest import FLAVOURS, PRECISIONS, parse_manifest
+from gpt2_edge.manifest import CACHE_NUMBER_BYTES, FLAVOURS, PRECISIONS, parse_manifest
 
 Json = Any
 REPOSITORY: Final = Path(__file__).resolve().parent.parent
@@ -34,6 +34,7 @@ def test_the_schema_is_one() -> None:
 def test_the_schema_knows_the_same_choices() -> None:
     assert set(SCHEMA["properties"]["flavour"]["enum"]) == set(FLAVOURS)
     assert set(SCHEMA["properties"]["precision"]["enum"]) == set(PRECISIONS)
+    assert set(SCHEMA["properties"]["cache_precision"]["enum"]) == set(CACHE_NUMBER_BYTES)
 
 
 def test_manifests_that_we_write(storyteller_fp32: Path, storyteller_int8: Path) -> None:

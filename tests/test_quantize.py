@@ -397,7 +397,7 @@ def check_graph(fp32: Path, quantized: Path, place: Path, tokens: list[int]) -> 
     assert np.abs(logits(fp32, tokens) - expected).max() > 1e-3
 
 
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", [name for name, recipe in RECIPES.items() if recipe.prompt is None])
 def test_graph_computes_with_the_rounded_matrices(recipe: str, fp32_folder: Path, tmp_path: Path) -> None:
     manifest = pipeline.quantize_folder(fp32_folder, tmp_path / "quantized", RECIPES[recipe])
     assert manifest == open_folder(tmp_path / "quantized").manifest
@@ -560,6 +560,8 @@ def test_folder_is_as_small_as_its_recipe_says(fp32_folder: Path, tmp_path: Path
             block_size = stored.block_size or inputs
             blocks = math.ceil(inputs / block_size)
             expected += outputs * (blocks * (block_size * stored.bits // 8 + 4)) - 4 * inputs * outputs
+            if recipe.prompt is not None and name.startswith("h."):
+                expected += outputs * (inputs + 4 + 4)  # integers, scales, and a bias of their own
         head_bias = 4 * open_folder(fp32_folder).manifest.architecture.vocabulary_size
         found = sum(value.const_value.nbytes for value in after.values() if value.const_value is not None)
         # A few shapes and bounds; parameters that were equal before they were centred; with a 4-bit embedding also a
@@ -640,7 +642,7 @@ def outputs(tmp_path: Path) -> Path:
     return folder
 
 
-def refused(source: Path, outputs: Path, kind: type[Exception] = QuantizationError) -> str:
+def refused(source: str | Path, outputs: Path, kind: type[Exception] = QuantizationError) -> str:
     """Quantize what must be refused; check that nothing is left, and return the message."""
     with pytest.raises(kind) as refusal:
         quantize_folder(source, outputs / "int8")
@@ -790,6 +792,13 @@ def test_equal_matrices_that_the_tracer_made_one(
 
 def test_source_that_is_quantized_already(storyteller_int8: Path, outputs: Path) -> None:
     assert "is int8: give the fp32 folder" in refused(storyteller_int8, outputs)
+
+
+def test_the_bundled_model_is_found_by_its_name_and_quantized_already(outputs: Path) -> None:
+    said = refused("storyteller", outputs)
+    assert said.startswith("storyteller is the bundled model, which is int8 already: export its checkpoint, models/st")
+    # A path is a path.
+    assert "storyteller does not exist" in refused(Path("storyteller"), outputs, ModelFolderError)
 
 
 def test_source_that_is_no_model_folder(outputs: Path, tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 """Several rows side by side, as prompts of a list or samples of one prompt, and their seeds."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any, Final
 
 import pytest
 from generating import CONTEXT, END_OF_TEXT, SAMPLED, STORY, assert_same, story_tokens
 
-from gpt2_edge import Generation, Model
+from gpt2_edge import Generation, Model, OptionError
 
 RAGGED: Final = ["", "Once", STORY[:700], [5], "“Well,” said she", STORY[100:1300], [END_OF_TEXT, 17, 18], "The"]
 
@@ -110,3 +111,50 @@ def test_other_options_do_not_shift_the_random_numbers(int8_model: Model) -> Non
     shorter = int8_model.generate("Once", max_new_tokens=5, temperature=1.0, seed=4)
     assert same.tokens == plain.tokens
     assert shorter.tokens == plain.tokens[:5]
+
+
+# Options of each row.
+
+
+def test_rows_with_options_of_their_own_equal_each_alone(model: Model) -> None:
+    prompts = ["Once upon a time", "The king", "“Well,” said she", [5, 6, 7], "A bird"]
+    cancelled = threading.Event()
+    cancelled.set()
+    own: list[dict[str, Any]] = [
+        {},
+        {"temperature": 1.2, "seed": 11, "max_new_tokens": 5},
+        {"stop": ["."], "repetition_penalty": 1.3},
+        {"temperature": 0.7, "top_k": 5, "logprobs": 2, "stop_tokens": [17]},
+        {"cancel": cancelled},
+    ]
+    shared: dict[str, Any] = {"max_new_tokens": 24, "seed": 3}
+    rows = model.generate(prompts, row_options=own, **shared)
+    assert rows[0].seed == 3
+    assert rows[1].seed == 11
+    assert rows[3].seed == model.generate(prompts, **shared)[3].seed
+    assert [row.finish_reason for row in rows[:2]] == ["length", "length"]
+    assert rows[4].finish_reason == "cancelled"
+    for prompt, options, row in zip(prompts, own, rows, strict=True):
+        assert_same(row, model.generate(prompt, **(shared | options | {"seed": row.seed})))
+
+
+def test_samples_with_options_of_their_own(int8_model: Model) -> None:
+    short, long = int8_model.generate("Once", n=2, row_options=[{"max_new_tokens": 2}, {"max_new_tokens": 6}])
+    assert [len(short.tokens), len(long.tokens)] == [2, 6]
+    assert long.tokens[:2] == short.tokens
+
+
+@pytest.mark.parametrize(
+    ("row_options", "message"),
+    [
+        ([{}], "row_options has 1 entries for 2 rows: give one for each"),
+        ({"seed": 1}, "row_options is not a list of dictionaries"),
+        ([{}, None], "row_options is not a list of dictionaries"),
+        ([{}, {"top_p": 2}], r"row_options\[1\]: top_p is 2: give a number from 0 to 1"),
+        ([{"tempreature": 1}, {}], r"row_options\[0\]: unknown option tempreature: did you mean temperature\?"),
+        ([{}, {"stop_tokens": [8192]}], r"row_options\[1\]: stop_tokens has token 8192"),
+    ],
+)
+def test_options_of_rows_that_are_refused(int8_model: Model, row_options: Any, message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        int8_model.generate(["Once", "Twice"], row_options=row_options)

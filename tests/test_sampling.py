@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gpt2_edge import GenerationOptions, LogitsError
-from gpt2_edge.sampling import RandomUniform, choose_token, draw_index, greedy, keep, keep_top_k, keep_top_p
+from gpt2_edge.random_uniform import RandomUniform
+from gpt2_edge.sampling import choose_token, draw_index, greedy, keep, keep_top_k, keep_top_p
 
 Float32s = npt.NDArray[np.float32]
 Float64s = npt.NDArray[np.float64]

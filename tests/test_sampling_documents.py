@@ -16,7 +16,7 @@ from sampling_reference import (
 )
 
 from gpt2_edge import GenerationOptions
-from gpt2_edge.benchmarks import sampling_speed
+from gpt2_edge.benchmarks import sampling_speed, step_overhead
 from gpt2_edge.choosing import TokenChooser
 
 
@@ -25,7 +25,31 @@ def test_the_benchmark_prints_its_table(monkeypatch: pytest.MonkeyPatch, capsys:
     assert sampling_speed.main() == 0
     rows = capsys.readouterr().out.splitlines()[3:]
     assert rows[0].startswith("greedy ")
-    assert all(len(re.findall(r" \d+\.\d{3}(?= |$)", row)) == 4 for row in rows)
+    assert all(len(re.findall(r" \d+\.\d{3}(?= |$)", row)) == 5 for row in rows)
+
+
+def test_the_benchmark_in_place_prints_its_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["step_overhead", "storyteller", "--entropy", "2"])
+    monkeypatch.setattr(step_overhead, "_TOKENS", 4)
+    monkeypatch.setattr(step_overhead, "_REPETITIONS", 1)
+    choose = TokenChooser.choose
+    assert step_overhead.main() == 0
+    assert TokenChooser.choose is choose
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.split("  ")[0] for row in rows[:2]] == ["argmax alone", "greedy"]
+    assert len(rows) == 7
+    assert all(len(re.findall(r"\b0\.\d{3}\b", row)) == 4 for row in rows)
+
+
+def test_logits_are_made_as_peaked_as_asked_for() -> None:
+    logits = np.random.default_rng(0).normal(0, 0.5, (5, 3000)).astype(np.float32)
+    for entropy in (0.5, 3.3, 7.5):
+        temperature = step_overhead.temperature_of_entropy(logits, entropy)
+        probabilities = np.exp(logits.astype(np.float64) / temperature)
+        probabilities /= probabilities.sum(axis=1, keepdims=True)
+        assert -(probabilities * np.log(probabilities)).sum(axis=1).mean() == pytest.approx(entropy, rel=1e-4)
 
 
 SPECIFICATION: Final = (Path(__file__).parent.parent / "docs" / "sampling.md").read_text(encoding="utf-8")

@@ -18,7 +18,8 @@ from sampling_reference import (
 
 from gpt2_edge import GenerationOptions
 from gpt2_edge.choosing import TokenChooser
-from gpt2_edge.sampling import RandomUniform, draw_index, keep
+from gpt2_edge.random_uniform import RandomUniform
+from gpt2_edge.sampling import draw_index, keep
 
 # State.
 

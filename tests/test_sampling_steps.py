@@ -28,7 +28,8 @@ from sampling_reference import (
 
 from gpt2_edge import GenerationOptions
 from gpt2_edge.choosing import TokenChooser
-from gpt2_edge.sampling import RandomUniform, keep_min_p, keep_typical_p
+from gpt2_edge.random_uniform import RandomUniform
+from gpt2_edge.sampling import keep_min_p, keep_typical_p
 
 
 @pytest.mark.parametrize("name", [name for name in CHANGING if name not in UNKNOWN_TO_TRANSFORMERS])

@@ -1,6 +1,7 @@
 """Folders without a manifest and graphs of the standard flavour: they run like ours, or are refused with one line."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -23,8 +24,10 @@ from transformers import GPT2LMHeadModel
 
 import gpt2_edge
 from gpt2_edge import CheckpointError, ModelFolderError, QuantizationError, UnsealedFolderWarning
+from gpt2_edge.checked_loading import checked
 from gpt2_edge.cli import main
 from gpt2_edge.export.tied_head import tie_head
+from gpt2_edge.file_content import FileContent
 from gpt2_edge.quantize import quantize_folder
 from gpt2_edge.standard_folder import open_unsealed
 from gpt2_edge.standard_seal import seal_folder
@@ -107,6 +110,29 @@ def greedy(reference: GPT2LMHeadModel, prompt: list[int], count: int) -> list[in
     for _ in range(count):
         tokens.append(int(reference_logits(reference, tokens)[-1].argmax()))
     return tokens[len(prompt) :]
+
+
+# What is read.
+
+
+def test_a_folder_without_a_manifest_is_hashed_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    sha256 = FileContent.sha256
+
+    def counted(content: FileContent, *arguments: Any) -> str:
+        hashed.append(content.path.name)
+        return sha256(content, *arguments)
+
+    monkeypatch.setattr(FileContent, "sha256", counted)
+    with gpt2_edge.load(folder, threads=1) as model:
+        assert sorted(hashed) == sorted(entry.name for entry in model.manifest.files)
+
+
+def test_a_folder_without_a_manifest_that_is_changed_while_it_is_loaded(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder, tmp_path / "model")
+    opened = open_unsealed(tmp_path / "model")
+    with pytest.raises(ModelFolderError, match="was changed while it was loaded"), checked(opened, True):
+        os.utime(tmp_path / "model" / "model.onnx", (1, 1))
 
 
 # What is computed.

@@ -8,6 +8,7 @@ from typing import Any
 
 from gpt2_edge.errors import MissingDependencyError
 from gpt2_edge.folder import ModelFolder, open_folder
+from gpt2_edge.manifest import Manifest
 from gpt2_edge.quality_table import quality_rows
 from gpt2_edge.telemetry import telemetry_state
 from gpt2_edge.threads import usable_cores
@@ -43,7 +44,7 @@ def _about_the_model(folder: ModelFolder) -> list[tuple[str, str]]:
         ("precision", manifest.precision + (f", recipe {manifest.recipe.get('name')}" if manifest.recipe else "")),
         ("size", f"{manifest.size_bytes / 1e6:.1f} MB in {len(manifest.files)} files"),
         ("shape", f"{shape.layers} layers, {shape.heads} heads, width {shape.width}, {shape.activation}"),
-        ("context", f"{shape.context_length} tokens, KV cache {_cache_bytes(folder) / 1e6:.1f} MB when full"),
+        ("context", f"{shape.context_length} tokens, {_cache(manifest)}"),
         ("vocabulary", f"{shape.vocabulary_size} tokens, end of text {manifest.end_of_text}"),
         *_measured(manifest.measured),
         ("needs", f"ONNX Runtime {manifest.minimum_onnxruntime} or newer"),
@@ -76,10 +77,9 @@ def _source(source: Mapping[str, Any]) -> str:
     return str(source.get("name", "unknown")) + (f" at revision {revision}" if revision else "")
 
 
-def _cache_bytes(folder: ModelFolder) -> int:
-    shape = folder.manifest.architecture
-    bytes_of_a_number = 2 if folder.manifest.precision == "fp16" else 4
-    return 2 * bytes_of_a_number * shape.layers * shape.heads * shape.context_length * shape.head_size
+def _cache(manifest: Manifest) -> str:
+    megabytes = manifest.cache_bytes_per_token * manifest.architecture.context_length / 1e6
+    return f"KV cache in {manifest.cache_precision}, {megabytes:.1f} MB when full"
 
 
 def _measured(measured: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -36,11 +36,10 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.machine:
             from gpt2_edge.machine_check import check_machine, read_golden
 
-            golden = read_golden(folder)
-            found = check_machine(model, golden)
-            ways = ", ".join(f"{way} {100 * difference:.2g} %" for way, difference in found.items())
-            print(
-                f"this machine computes it right: off the golden logits by {ways} of their spread, "
-                f"where {100 * golden.tolerance:.2g} % is allowed"
+            found = check_machine(model, read_golden(folder))
+            ways = ", ".join(
+                f"{way} {100 * deviation.difference:.2g} % ({100 * deviation.tolerance:.2g} % is allowed)"
+                for way, deviation in found.items()
             )
+            print(f"this machine computes it right: off the golden logits, in percent of their spread: {ways}")
     return 0
