@@ -16,6 +16,7 @@ tokens each time, after a warm-up, without tokenization and sampling, as llama-b
 prompt of 512 tokens; tg128 decodes 128 tokens one after another; @ d512 means after 512 others; b4 means 4 sequences
 side by side. A star marks a spread above 10 %: the machine was disturbed. A ratio is given only where the spreads do
 not overlap."""
+_MOST_HEADLINES = 3
 # Nothing may be fetched, whatever is in the names that are shown.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
@@ -27,7 +28,7 @@ def to_html(report: Report) -> str:
     charts = charts_of(report)
     body = [
         f"<h1>gpt2-edge bench, {escape(report.created_at)}</h1>",
-        *(f'<p class="summary">{escape(sentence)}</p>' for sentence in sentences),
+        *_summary(sentences),
         _list(said),
     ]
     overview, *details = sheets_of(report)
@@ -44,6 +45,13 @@ def to_html(report: Report) -> str:
     body += ["<h2>How to measure this again</h2>", f"<pre>{escape(shlex.join(report.command))}</pre>"]
     body.append(f'<p class="method">{escape(_METHOD)}</p>')
     return _PAGE.format(policy=escape(_POLICY), style=STYLE, body="\n".join(body))
+
+
+def _summary(sentences: list[str]) -> list[str]:
+    """Return the sentences as headlines, or as a list where they are too many for that."""
+    if len(sentences) > _MOST_HEADLINES:
+        return [_list(sentences)]
+    return [f'<p class="summary">{escape(sentence)}</p>' for sentence in sentences]
 
 
 _PAGE = """<!doctype html>

@@ -82,7 +82,9 @@ def test_prompts_are_closer_to_full_precision_than_single_tokens(folder: Path, m
     with gpt2_edge.load(folder.with_name("source")) as original:
         expected = original.logits(tokens)
     (one_by_one,) = decoded_logits(model, tokens, [1])
-    assert off_by(model.logits(tokens), expected) < 0.05 < off_by(one_by_one, expected)
+    at_once = off_by(model.logits(tokens), expected)
+    assert at_once < 0.1  # of which the head, with its 4 bits, has most
+    assert off_by(one_by_one, expected) > 1.3 * at_once
 
 
 def test_both_kinds_of_matrices_hold_the_same_numbers(folder: Path) -> None:
@@ -94,6 +96,8 @@ def test_both_kinds_of_matrices_hold_the_same_numbers(folder: Path) -> None:
         packed, scales = weights[f"{name}.quantized"], weights[f"{name}.scales"]
         values = np.stack([packed & 15, packed >> 4], axis=-1).reshape(len(packed), packed.shape[1], -1)
         coarse = ((values.astype(np.float32) - 8) * scales.reshape(len(packed), -1, 1)).reshape(len(packed), -1)
+        # Two products of 255 x 63 are less than 2**15: nothing saturates.
+        assert np.abs(weights[f"{name}.prompt.quantized"]).max() == 63
         fine = (weights[f"{name}.prompt.quantized"] * weights[f"{name}.prompt.scales"]).T
         assert off_by(coarse[:, : fine.shape[1]], fine) < 0.2
 

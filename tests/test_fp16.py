@@ -39,11 +39,11 @@ def half(make_checkpoint: Callable[..., Path], tmp_path: Path) -> Callable[..., 
 def test_the_graph_is_made_of_the_operators_that_cuda_fuses(half: Callable[..., Path]) -> None:
     counts = operators(half(n_layer=3) / "model.onnx")
     assert counts["GroupQueryAttention"] == 3
-    assert counts["SkipLayerNormalization"] == 6  # two a layer: the first takes the sum of the embeddings
-    assert counts["LayerNormalization"] == 1  # of the rows whose logits are wanted
+    assert counts["SkipLayerNormalization"] == 7  # two a layer and the last; the first takes the sum of the embeddings
+    assert counts["LayerNormalization"] == 0
     assert counts["FastGelu"] == 3
     assert counts["MatMul"] == 12
-    assert counts["Add"] == 3 + 2  # biases of queries, keys and values; the last residual sum and its bias
+    assert counts["Add"] == 3  # biases of queries, keys and values
     assert counts["Cast"] == 1
 
 

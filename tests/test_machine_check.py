@@ -122,7 +122,10 @@ def test_golden_logits_of_another_kind(change: dict[str, Any], golden: Golden) -
 
 def test_verify_machine(storyteller_int8: Path, storyteller_fp32: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(storyteller_int8), "--machine"]) == 0
-    assert "this machine computes it right: off the golden logits by prefill " in capsys.readouterr().out
+    assert (
+        "this machine computes it right: off the golden logits, in percent of their spread: prefill "
+        in capsys.readouterr().out
+    )
     assert main(["verify", str(storyteller_fp32), "--machine"]) == 1
     refusal = capsys.readouterr().err
     assert "has no golden.json" in refusal

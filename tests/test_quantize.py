@@ -844,8 +844,8 @@ def test_full_disk(tiny_fp32: Path, outputs: Path, monkeypatch: pytest.MonkeyPat
 def test_rounding_that_loses_the_model(
     factor: float, said: str, tiny_fp32: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(matrix: FloatArray, block_size: int) -> tuple[npt.NDArray[np.int8], FloatArray]:
-        steps, scales = round_to_nearest(matrix, block_size)
+    def wrong(matrix: FloatArray, block_size: int, bits: int) -> tuple[npt.NDArray[np.int8], FloatArray]:
+        steps, scales = round_to_nearest(matrix, block_size, bits)
         return steps, scales * np.float32(factor)
 
     monkeypatch.setattr(rounding, "round_to_nearest", wrong)
