@@ -8,9 +8,32 @@ from pathlib import Path
 __all__ = ["quantize_folder"]
 
 
-def quantize_folder(source: str | Path, destination: str | Path, precision: str = "int8") -> None:
-    """Quantize an fp32 model folder with the default recipe of a precision; see `gpt2_edge.quantize.pipeline`."""
-    from gpt2_edge.quantize.pipeline import quantize_folder as run
-    from gpt2_edge.quantize.recipes import default_recipe
+def quantize_folder(
+    source: str | Path,
+    destination: str | Path,
+    precision: str = "int8",
+    *,
+    recipe: str | None = None,
+    cache: str = "fp32",
+    calibration: str | Path | None = None,
+) -> None:
+    """Quantize an fp32 model folder; the new one appears whole or not at all.
 
-    run(source, Path(destination), default_recipe(precision))
+    Args:
+        source: An fp32 model folder.
+        destination: The model folder to make; must not exist.
+        precision: "int8" or "int4".
+        recipe: As `gpt2-edge quantize --recipe` names it; None takes the default of the precision.
+        cache: How keys and values are kept, "fp32" or "int8".
+        calibration: A UTF-8 text file for recipes that look at a text; None takes what the model writes itself.
+
+    Raises:
+        OptionError: There is no such precision, recipe or cache, or the text cannot be read.
+        QuantizationError: The source cannot be quantized, or the result is not close to it.
+        ModelFolderError: The source cannot be read, or the destination exists or cannot be written.
+    """
+    from gpt2_edge.quantize.pipeline import quantize_folder as run
+    from gpt2_edge.quantize.recipes import default_recipe, recipe_named
+
+    chosen = default_recipe(precision) if recipe is None else recipe_named(recipe, precision)
+    run(source, Path(destination), chosen, calibration=None if calibration is None else Path(calibration), cache=cache)

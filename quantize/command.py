@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from gpt2_edge.errors import OptionError
 from gpt2_edge.manifest import Manifest
 from gpt2_edge.quality_table import quality_rows
-from gpt2_edge.quantize.recipes import RECIPES, Recipe, default_recipe, recipe_named
+from gpt2_edge.quantize.recipes import CACHES, RECIPES, Recipe, default_recipe, recipe_named
 
 if TYPE_CHECKING:
     from gpt2_edge.quantize.auto import Candidate
@@ -33,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--cache",
-        choices=("fp32", "int8"),
-        default="fp32",
+        choices=CACHES,
+        default=CACHES[0],
         help="how keys and values are kept; int8 takes a quarter of the memory and is faster late in a long text",
     )
     parser.add_argument(

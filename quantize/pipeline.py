@@ -4,14 +4,14 @@ from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 
-from gpt2_edge.errors import MissingDependencyError, QuantizationError
+from gpt2_edge.errors import MissingDependencyError, OptionError, QuantizationError
 from gpt2_edge.folder import BUNDLED_MODELS, TOKENIZER_NAME, ModelFolder, open_folder
 from gpt2_edge.machine_check import GOLDEN_NAME
 from gpt2_edge.manifest import Manifest
 from gpt2_edge.progress import Progress
 from gpt2_edge.quantize.calibration_text import CalibrationText, choose_calibration_text
 from gpt2_edge.quantize.measurement import MOST_STEPS, measure_folder
-from gpt2_edge.quantize.recipes import Recipe
+from gpt2_edge.quantize.recipes import CACHES, Recipe
 from gpt2_edge.quantize.texts import read_text
 from gpt2_edge.seal import check_destination, new_folder, write_manifest
 from gpt2_edge.tokenizer import Tokenizer
@@ -80,10 +80,12 @@ def quantize_folder(
         QuantizationError: The source is quantized already, has weights that are not finite, not all matrices could
             be quantized, or the result is not close to the source.
         ModelFolderError: The source cannot be read, or the destination exists or cannot be written.
-        OptionError: The text cannot be read.
+        OptionError: The text cannot be read, or there is no such cache.
         PromptError: The text is too short.
     """
     check_destination(destination)
+    if cache not in CACHES:
+        raise OptionError(f"cache is {cache!r}: give {' or '.join(CACHES)}")
     if text is not None:
         read_text(text)  # before long work starts
     if calibration is not None:

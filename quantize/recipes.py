@@ -80,6 +80,7 @@ _ALL: Final = (
     ),
 )
 RECIPES: Final = {recipe.name: recipe for recipe in _ALL}
+CACHES: Final = ("fp32", "int8")  # how keys and values may be kept
 _DEFAULTS: Final = {"int8": "int8", "int4": "int4"}
 
 

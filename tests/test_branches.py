@@ -12,14 +12,13 @@ from onnx import numpy_helper
 
 import gpt2_edge
 from gpt2_edge.decoded_logits import decoded_logits
-from gpt2_edge.errors import MachineError
+from gpt2_edge.errors import MachineError, OptionError
 from gpt2_edge.export import export_checkpoint
 from gpt2_edge.folder import open_folder
 from gpt2_edge.machine_check import check_machine, parse_golden, read_golden
+from gpt2_edge.quantize import quantize_folder
 from gpt2_edge.quantize.branches import always_few, has_branches
-from gpt2_edge.quantize.pipeline import quantize_folder
 from gpt2_edge.quantize.quality import window_logits
-from gpt2_edge.quantize.recipes import RECIPES
 from gpt2_edge.quantize.reference import reference_logits
 
 FloatArray = npt.NDArray[np.float32]
@@ -35,7 +34,8 @@ def folder(
     quantize_folder(
         place / "source",
         place / "fast",
-        RECIPES["int4-fast"],
+        "int4",
+        recipe="int4-fast",
         calibration=write_words(place / "words"),
         cache=request.param,
     )
@@ -143,3 +143,15 @@ def test_the_recipe_says_that_prompts_differ(folder: Path) -> None:
     assert manifest.recipe is not None
     assert manifest.recipe["prompt"] == {"bits": 7, "block_size": None, "rounding": "nearest"}
     assert open_folder("storyteller").manifest.decodes_as_it_prefills
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"cache": "int4"}, "cache is 'int4': give fp32 or int8"),
+        ({"recipe": "int4-fast"}, "recipe is 'int4-fast': for int8 give int8 or int8-block64 or int8-block32"),
+    ],
+)
+def test_options_that_are_refused(options: dict[str, str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match=message):
+        quantize_folder("storyteller", tmp_path / "new", **options)
