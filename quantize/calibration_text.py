@@ -36,12 +36,13 @@ class CalibrationText:
         The first token of a text is attended to by all that follow, and its keys are unlike all others, and larger. The
         windows may all begin with the same one.
         """
+        chosen = self.windows[:_RANGE_WINDOWS]
         pieces = [
             window[start : start + _PIECE_TOKENS]
-            for window in self.windows[:_RANGE_WINDOWS]
-            for start in range(1, len(window), max(1, len(self.windows) * len(window) // _PIECES))
+            for window in chosen
+            for start in range(1, len(window), max(1, len(chosen) * len(window) // _PIECES))
         ]
-        return [*self.windows[:_RANGE_WINDOWS], *pieces[:_PIECES]]
+        return [*chosen, *pieces[:_PIECES]]
 
 
 def choose_calibration_text(given: Path | None, source: str | Path) -> CalibrationText:

@@ -131,7 +131,14 @@ class Model:
     @overload
     def generate(self, prompt: Prompt, *, n: None = None, **options: Unpack[OptionKeywords]) -> Generation: ...
     @overload
-    def generate(self, prompt: Prompt, *, n: int, **options: Unpack[OptionKeywords]) -> list[Generation]: ...
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        n: int,
+        row_options: Sequence[OptionKeywords] | None = None,
+        **options: Unpack[OptionKeywords],
+    ) -> list[Generation]: ...
     @overload
     def generate(
         self,
