@@ -46,6 +46,7 @@ class Measurement:
             **asdict(self.quality),
             "greedy_tokens": self.greedy.tokens,
             "first_divergent_tokens": list(self.greedy.first_divergent_tokens),
+            "first_divergent_in_batch": list(self.greedy.first_divergent_in_batch),
         }
 
 

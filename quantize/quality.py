@@ -103,10 +103,12 @@ class GreedyComparison:
         tokens: Of each continuation.
         first_divergent_tokens: For each prompt, how many tokens are the same before the first that differs; `tokens`
             if all are.
+        first_divergent_in_batch: The same of the quantized model's continuations, alone and as rows of one batch.
     """
 
     tokens: int
     first_divergent_tokens: tuple[int, ...]
+    first_divergent_in_batch: tuple[int, ...]
 
 
 def windows_of(tokens: Sequence[int], length: int, most_windows: int = MOST_WINDOWS) -> list[list[int]]:
@@ -228,19 +230,24 @@ def window_logits(model: Model, window: Sequence[int]) -> Logits:
 
 
 def compare_greedy_texts(full_precision: Model, quantized: Model, windows: Sequence[Sequence[int]]) -> GreedyComparison:
-    """Continue the beginnings of a few windows greedily with both models, one text at a time."""
+    """Continue the beginnings of a few windows greedily with both models, and side by side with the quantized one."""
     prompt_tokens = min(_GREEDY_PROMPT_TOKENS, full_precision.context_length // 2 or 1)
     count = min(GREEDY_TOKENS, full_precision.context_length - prompt_tokens)
     step = max(1, len(windows) // _GREEDY_PROMPTS)
-    same = []
-    for window in windows[::step][:_GREEDY_PROMPTS]:
-        options: dict[str, Any] = {"max_new_tokens": count, "ignore_eos": True}
-        expected, found = (
-            model.generate(list(window[:prompt_tokens]), **options).tokens for model in (full_precision, quantized)
-        )
-        differing = (index for index, (one, other) in enumerate(zip(expected, found, strict=True)) if one != other)
-        same.append(next(differing, count))
-    return GreedyComparison(count, tuple(same))
+    prompts = [list(window[:prompt_tokens]) for window in windows[::step][:_GREEDY_PROMPTS]]
+    options: dict[str, Any] = {"max_new_tokens": count, "ignore_eos": True}
+    expected = [full_precision.generate(prompt, **options).tokens for prompt in prompts]
+    alone = [quantized.generate(prompt, **options).tokens for prompt in prompts]
+    together = [row.tokens for row in quantized.generate(prompts, **options)]
+    return GreedyComparison(count, _first_divergent(expected, alone), _first_divergent(alone, together))
+
+
+def _first_divergent(expected: Sequence[Sequence[int]], found: Sequence[Sequence[int]]) -> tuple[int, ...]:
+    """Return for each pair of texts of the same length where they part, or that length."""
+    return tuple(
+        next((index for index, (one, other) in enumerate(zip(*pair, strict=True)) if one != other), len(pair[0]))
+        for pair in zip(expected, found, strict=True)
+    )
 
 
 def _compare_block(

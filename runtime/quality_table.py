@@ -30,6 +30,7 @@ def quality_rows(measured: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("mean Δp", _with_error(measured, "mean_probability_change_percent", "{:+.3f}", " %")),
         ("RMS Δp", _with_error(measured, "rms_probability_change_percent", "{:.3f}", " %")),
         ("greedy text", _greedy(measured)),
+        ("rows of a batch", _in_batch(measured)),
     ]
     return [(name, value) for name, value in rows if value]
 
@@ -51,11 +52,21 @@ def _percentiles(measured: Mapping[str, Any]) -> str:
 
 
 def _greedy(measured: Mapping[str, Any]) -> str:
-    count, divergent = measured.get("greedy_tokens"), measured.get("first_divergent_tokens")
+    found = _divergent(measured, "first_divergent_tokens")
+    return f"first divergent token of {found}" if found else ""
+
+
+def _in_batch(measured: Mapping[str, Any]) -> str:
+    found = _divergent(measured, "first_divergent_in_batch")
+    return f"first token other than alone of {found}" if found else ""
+
+
+def _divergent(measured: Mapping[str, Any], field: str) -> str:
+    count, divergent = measured.get("greedy_tokens"), measured.get(field)
     if not isinstance(count, int) or not isinstance(divergent, list) or not divergent:
         return ""
     places = ", ".join("none" if place == count else str(place) for place in divergent)
-    return f"first divergent token of {len(divergent)} texts of {count}: {places}"
+    return f"{len(divergent)} texts of {count}: {places}"
 
 
 def _with_error(measured: Mapping[str, Any], field: str, form: str, unit: str) -> str:

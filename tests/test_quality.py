@@ -250,7 +250,7 @@ def test_quality_of_the_storyteller(fp32_model: gpt2_edge.Model, int8_model: gpt
 def test_greedy_texts(fp32_model: gpt2_edge.Model, int8_model: gpt2_edge.Model) -> None:
     windows = windows_of(fp32_model.tokenize(texts.held_out_text()), 128, most_windows=9)
     same = compare_greedy_texts(fp32_model, fp32_model, windows)
-    assert (same.tokens, same.first_divergent_tokens) == (64, (64,) * 4)
+    assert (same.tokens, same.first_divergent_tokens, same.first_divergent_in_batch) == (64, (64,) * 4, (64,) * 4)
     found = compare_greedy_texts(fp32_model, int8_model, windows)
     assert len(found.first_divergent_tokens) == 4
     for window, place in zip(windows[::2], found.first_divergent_tokens, strict=False):
@@ -260,6 +260,7 @@ def test_greedy_texts(fp32_model: gpt2_edge.Model, int8_model: gpt2_edge.Model) 
         assert texts_of[0][:place] == texts_of[1][:place]
         assert place == 64 or texts_of[0][place] != texts_of[1][place]
     assert min(found.first_divergent_tokens) < 64
+    assert found.first_divergent_in_batch == (64,) * 4
 
 
 def test_measuring_twice_gives_the_same(storyteller_fp32: Path, storyteller_int8: Path, tmp_path: Path) -> None:
@@ -305,7 +306,17 @@ def test_the_table_has_every_number(measured: tuple[Path, Manifest]) -> None:
     assert f"{quality['same_top_percent']:.2f} ± {quality['same_top_error_percent']:.2f} %" == rows["same top token"]
     assert rows["greedy text"].startswith("first divergent token of 4 texts of 32: ")
     assert set(rows) == {
-        *("text", "perplexity", "mean KLD", "KLD percentiles", "same top token", "mean Δp", "RMS Δp", "greedy text")
+        *(
+            "text",
+            "perplexity",
+            "mean KLD",
+            "KLD percentiles",
+            "same top token",
+            "mean Δp",
+            "RMS Δp",
+            "greedy text",
+            "rows of a batch",
+        )
     }
 
 
@@ -364,3 +375,7 @@ def test_a_vocabulary_of_50257_needs_no_gigabytes() -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 50_000_000
+
+
+def test_where_texts_part() -> None:
+    assert quality_module._first_divergent([[1, 2, 3], [4, 5, 6], [7]], [[1, 2, 3], [4, 9, 6], [8]]) == (3, 1, 0)
