@@ -6,6 +6,7 @@ from html import escape
 from typing import Final
 
 from gpt2_edge.benchmarks.chart_axes import Scale, linear_scale, logarithmic_scale, tick_text
+from gpt2_edge.benchmarks.chart_labels import LINE_HEIGHT, Place, beside, column
 from gpt2_edge.benchmarks.report import Report, Variant
 from gpt2_edge.benchmarks.spread import percentile
 from gpt2_edge.benchmarks.summary import decode_test
@@ -14,7 +15,8 @@ WIDTH: Final = 460
 HEIGHT: Final = 290
 LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 44
 _ROW_HEIGHT: Final = 46
-_LINE_HEIGHT: Final = 15
+_MOST_NAMES: Final = 6  # as many as there are colours
+_HALF_LETTER: Final = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +40,16 @@ def charts_of(report: Report) -> list[Chart]:
     return [chart for maker in makers if (chart := maker(report)) is not None]
 
 
+def has_numbers(report: Report) -> bool:
+    """Tell whether there are so many rows that the charts name them by the numbers of the legend."""
+    return sum(1 for each in report.variants if each.speeds) > _MOST_NAMES
+
+
+def row_number(index: int) -> str:
+    """Return the number that stands for a row where names would cover each other."""
+    return str(index + 1)
+
+
 def series_class(index: int) -> str:
     """Return the style class of a row's colour."""
     return f"series-{index % 6}"
@@ -50,7 +62,8 @@ def _speed_and_size(report: Report) -> Chart | None:
         return None
     sizes = [(each.size_bytes or 0) / 1e6 for _, each in shown]
     tops = [speed.mean + (speed.stddev or 0) for _, each in shown if (speed := each.speed(test))]
-    x = linear_scale(0, max(sizes) * 1.25, LEFT, WIDTH - RIGHT)
+    numbered = has_numbers(report)
+    x = linear_scale(0, max(sizes) * (1.05 if numbered else 1.25), LEFT, WIDTH - RIGHT)
     y = linear_scale(0, max(tops), HEIGHT - BOTTOM, TOP)
     parts = [*_axes(x, y, "size on disk, MB", f"{test}, tokens/s")]
     labels = []
@@ -58,31 +71,37 @@ def _speed_and_size(report: Report) -> Chart | None:
         parts += _point(variant, test, index, x.at(size), y)
         speed = variant.speed(test)
         labels.append((x.at(size), y.at(speed.mean if speed else 0), variant))
-    parts += _spread_labels(labels)
-    caption = "Up and to the left is better. Bars are ± one standard deviation; below a name, what it costs in quality."
+    if numbered:
+        parts += _numbers([Place(x, y) for x, y, _ in labels], [index for index, _ in shown])
+    else:
+        parts += _names(labels)
+    below = "" if numbered else "; below a name, what it costs in quality"
+    caption = f"Up and to the left is better. Bars are ± one standard deviation{below}."
     return Chart("Speed against size and quality", caption, _svg(parts, HEIGHT, f"{test} against size"))
 
 
-def _spread_labels(labels: Sequence[tuple[float, float, Variant]]) -> list[str]:
-    """Write names beside points, on the side where there is room."""
+def _names(labels: Sequence[tuple[float, float, Variant]]) -> list[str]:
+    """Write names beside points, on the side where there is room, none over another or below the axis."""
     middle = WIDTH * 0.6
     left = [label for label in labels if label[0] <= middle]
     right = [label for label in labels if label[0] > middle]
-    return [*_column_of_labels(left, "start", 10), *_column_of_labels(right, "end", -10)]
-
-
-def _column_of_labels(labels: Sequence[tuple[float, float, Variant]], anchor: str, shift: float) -> list[str]:
-    """Write names from top to bottom, two lines each, none over another or below the axis."""
     parts: list[str] = []
-    ordered = sorted(labels, key=lambda label: label[1])
-    step = 2 * _LINE_HEIGHT + 2
-    above: float = TOP + 10 - step
-    for place, (x, y, variant) in enumerate(ordered):
-        lowest = HEIGHT - BOTTOM - _LINE_HEIGHT - 2 - step * (len(ordered) - 1 - place)
-        above = max(above + step, min(y, lowest))
-        parts.append(_text(x + shift, above, variant.name, anchor, "name halo"))
-        parts.append(_text(x + shift, above + _LINE_HEIGHT - 1, _quality_words(variant), anchor, "quiet halo"))
+    for side, anchor, shift in ((left, "start", 10), (right, "end", -10)):
+        heights = column([y for _, y, _ in side], 2 * LINE_HEIGHT + 2, TOP + 10, HEIGHT - BOTTOM - LINE_HEIGHT - 2)
+        for (x, _, variant), y in zip(side, heights, strict=True):
+            parts.append(_text(x + shift, y, variant.name, anchor, "name halo"))
+            parts.append(_text(x + shift, y + LINE_HEIGHT - 1, _quality_words(variant), anchor, "quiet halo"))
     return parts
+
+
+def _numbers(places: Sequence[Place], indices: Sequence[int]) -> list[str]:
+    """Write the numbers that rows have in the legend beside their points."""
+    numbers = [row_number(index) for index in indices]
+    middles = beside(places, numbers, Place(LEFT, TOP), Place(WIDTH - RIGHT, HEIGHT - BOTTOM))
+    return [
+        _text(middle.x, middle.y + _HALF_LETTER, number, "middle", f"name coloured {series_class(index)}")
+        for middle, number, index in zip(middles, numbers, indices, strict=True)
+    ]
 
 
 def _quality_words(variant: Variant) -> str:
@@ -153,6 +172,13 @@ def _speed_and_context(report: Report) -> Chart | None:
         parts.append(f'<polyline class="line {series_class(index)}" points="{points}"/>')
         for place, name in places:
             parts += _point(variant, name, index, x.at(place), y)
+    if has_numbers(report):
+        ends = [speed.mean for _, variant, places in lines if (speed := variant.speed(places[-1][1]))]
+        heights = column([y.at(end) for end in ends], LINE_HEIGHT - 4, TOP + _HALF_LETTER, HEIGHT - BOTTOM)
+        parts += [
+            _text(WIDTH, height + _HALF_LETTER, row_number(index), "end", f"name coloured {series_class(index)}")
+            for (index, _, _), height in zip(lines, heights, strict=True)
+        ]
     caption = "Decoding slows down as the context fills: each token reads the keys and values of all before it."
     return Chart("Decode speed against context length", caption, _svg(parts, HEIGHT, "tokens/s against depth"))
 

@@ -4,7 +4,7 @@ import shlex
 from html import escape
 from typing import Any
 
-from gpt2_edge.benchmarks.charts import charts_of, series_class
+from gpt2_edge.benchmarks.charts import charts_of, has_numbers, row_number, series_class
 from gpt2_edge.benchmarks.html_style import STYLE
 from gpt2_edge.benchmarks.report import Report
 from gpt2_edge.benchmarks.sheets import Sheet, sheets_of
@@ -72,8 +72,10 @@ _PAGE = """<!doctype html>
 
 
 def _legend(report: Report) -> str:
+    numbered = has_numbers(report)
     items = (
-        f'<li class="{series_class(index)}"><span></span> <b>{escape(variant.name)}</b></li>'
+        f'<li class="{series_class(index)}"><span></span> '
+        f"<b>{row_number(index) + ' ' if numbered else ''}{escape(variant.name)}</b></li>"
         for index, variant in enumerate(report.variants)
         if variant.speeds
     )

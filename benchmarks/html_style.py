@@ -32,6 +32,7 @@ svg { display: block; width: 100%; height: auto; font: 12.5px system-ui, sans-se
 svg text { fill: var(--ink); }
 svg text.quiet { fill: var(--quiet); }
 svg text.name { font-weight: 600; }
+svg text.coloured { fill: currentColor; }
 svg text.halo { paint-order: stroke; stroke: var(--card); stroke-width: 4px; stroke-linejoin: round; }
 .grid { stroke: var(--line); stroke-width: 1; }
 .line { fill: none; stroke: currentColor; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }

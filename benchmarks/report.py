@@ -154,7 +154,7 @@ class Variant:
         threads: Threads that compute.
         device: Where it ran.
         peer: Package and version of the other program that ran it; None for gpt2-edge itself.
-        precision: "fp32" or "int8".
+        precision: "fp32", "fp16", "int8" or "int4"; of a peer, the one that it is compared with.
         recipe: How it was quantized.
         parameters: How many weights.
         size_bytes: Of all files of the folder, the manifest not counted.

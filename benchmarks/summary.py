@@ -21,8 +21,9 @@ def summary_sentences(report: Report) -> list[str]:
 
 
 def reference_of(report: Report) -> Variant | None:
-    """Return the first full-precision row that was measured."""
-    return next((each for each in report.variants if each.precision == "fp32" and each.error is None), None)
+    """Return the first full-precision row of gpt2-edge's own that was measured."""
+    own = (each for each in report.variants if each.peer is None and each.error is None)
+    return next((each for each in own if each.precision == "fp32"), None)
 
 
 def decode_test(report: Report) -> str | None:
@@ -97,26 +98,35 @@ def _sentence(variant: Variant, reference: Variant) -> str:
 
 
 def _peer_sentences(own: list[Variant], peers: list[Variant]) -> list[str]:
-    """Compare each row with the fastest peer of as many threads: decoding, and the longest prompt."""
+    """Compare each row with the fastest peer of as many threads: decoding, and the longest prompt.
+
+    With those of its precision, if there are any.
+    """
     sentences = []
     for variant in own:
         rivals = [peer for peer in peers if peer.threads == variant.threads]
+        alike = [peer for peer in rivals if peer.precision and peer.precision == variant.precision]
+        fastest = f"the fastest {variant.precision} peer" if alike else "the fastest peer"
         tests = {"decodes": _first_measured(variant, "tg"), "reads prompts": _last_measured(variant, "pp")}
-        clauses = [_peer_clause(verb, test, variant, rivals) for verb, test in tests.items() if test is not None]
+        clauses = [
+            _peer_clause(verb, test, variant, alike or rivals, fastest)
+            for verb, test in tests.items()
+            if test is not None
+        ]
         if any(clauses):
             sentences.append(f"{variant.name} {' and '.join(clause for clause in clauses if clause)}.")
     return sentences
 
 
-def _peer_clause(verb: str, test: str, variant: Variant, peers: list[Variant]) -> str:
+def _peer_clause(verb: str, test: str, variant: Variant, peers: list[Variant], which: str) -> str:
     speeds = [(speed.mean, place) for place, peer in enumerate(peers) if (speed := peer.speed(test)) is not None]
     if not speeds:
         return ""
     fastest = peers[max(speeds)[1]]
     ratio = supported_ratio(variant.speed(test), fastest.speed(test))
     if ratio is None:
-        return f"{verb} not faster or slower than the fastest peer, {fastest.name}, beyond the spread ({test})"
-    return f"{verb} {ratio} as fast as the fastest peer, {fastest.name} ({test})"
+        return f"{verb} not faster or slower than {which}, {fastest.name}, beyond the spread ({test})"
+    return f"{verb} {ratio} as fast as {which}, {fastest.name} ({test})"
 
 
 def _speed_clause(variant: Variant, reference: Variant) -> str:

@@ -21,7 +21,7 @@ from gpt2_edge.benchmarks.memory import peak_resident_bytes, resident_bytes
 from gpt2_edge.benchmarks.perplexity import measure_window
 from gpt2_edge.benchmarks.rows import RandomTokensRow
 from gpt2_edge.benchmarks.stopwatch import Stopwatch
-from gpt2_edge.errors import Gpt2EdgeError
+from gpt2_edge.errors import Gpt2EdgeError, OptionError
 from gpt2_edge.model import Model, load
 
 TEMPERATURE: Final = 0.8
@@ -112,7 +112,10 @@ class Worker:
         self._model._core.run(rows)
         if n_prompt:
             return rows[0].prefilled_at - rows[0].started_at
-        return max(row.finished_at for row in rows) - max(row.prefilled_at for row in rows)
+        last_began_at = max(row.prefilled_at for row in rows)
+        if any(row.finished_at < last_began_at for row in rows):
+            raise OptionError(f"{batch} sequences do not fit side by side into what memory is free here: give fewer")
+        return max(row.finished_at for row in rows) - last_began_at
 
     def _random_tokens(self, count: int) -> list[int]:
         tokens: list[int] = self._random.integers(0, self._model.manifest.architecture.vocabulary_size, count).tolist()

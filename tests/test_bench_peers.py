@@ -156,20 +156,21 @@ def test_a_run_that_stops_early_is_void_and_gives_no_ratio(cache: Path, fake: Pe
 
 
 def test_what_is_not_available_is_a_row_that_says_why(cache: Path, fake: Peer, tmp_path: Path) -> None:
-    mixed = replace(fake, variants=("broken", "dying", "fast"))
+    mixed = replace(fake, variants=("broken", "dying", "Q4_0"))
     absent = replace(fake, name="absent", title="Absent", variants=("one", "two"))
     _pretend_to_install(mixed)
     models = _prepare([mixed, absent], agreed=False)
     report = run("storyteller", settings=replace(SMALL, threads=(1,)), peers=models)
     assert [variant.name for variant in report.variants] == [
-        *("storyteller", "Fake broken", "Fake dying", "Fake fast", "Absent one", "Absent two")
+        *("storyteller", "Fake broken", "Fake dying", "Fake Q4_0", "Absent one", "Absent two")
     ]
     assert _row(report, "Fake broken").error == "cannot be converted: ValueError: no such form"
     log = cache / "peers" / installation.environment_of(mixed).name / "output.log"
     assert _row(report, "Fake dying").error == f"its process ended with status 3; what it printed is in {log}"
     assert "a library says hello" in log.read_text()
     assert _row(report, "Absent two").error == "Absent is not installed: --yes installs it"
-    assert _row(report, "Fake fast").error is None
+    assert _row(report, "Fake Q4_0").error is None
+    assert [variant.precision for variant in report.variants] == ["int8", None, None, "int4", None, None]
     assert [cells[0] for cells in sheets_of(report)[0].rows] == [variant.name for variant in report.variants]
     assert not list((cache / "peer-models").rglob("*broken*"))
 
@@ -343,6 +344,9 @@ def test_the_summary_names_the_fastest_peer_and_claims_only_what_the_spread_supp
     )
     failed = replace(fast, error="it failed")
     assert "fast" not in _peer_sentence(own, slow, failed).replace("as fast as", "").replace("fastest", "")
+    alike = [replace(each, precision="int8") for each in (own, slow)]
+    assert "2.0 x" not in _peer_sentence(*alike, replace(fast, precision="int4"))
+    assert "decodes 4.0 x as fast as the fastest int8 peer, slow (tg128)" in _peer_sentence(*alike, fast)
     with_other_threads = replace(fast, threads=1)
     assert "peer, slow (tg128)" in _peer_sentence(own, slow, with_other_threads)
 

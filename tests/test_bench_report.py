@@ -310,6 +310,21 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
         assert not any(name.startswith("on") or name == "style" for name in attributes)
 
 
+def test_the_charts_of_many_rows_name_them_by_the_numbers_of_the_legend() -> None:
+    full, small, broken = REPORT.variants
+    few = replace(REPORT, variants=(broken, full, *(replace(small, name=f"row-{place}") for place in range(5))))
+    many = replace(few, variants=(*few.variants, replace(small, name="row-5")))
+    assert ">2 gpt2-fp32<" not in to_html(few)
+    assert ">row-4</text>" in to_html(few)
+    page = to_html(many)
+    for number, variant in enumerate(many.variants[1:], start=2):
+        assert f"<b>{number} {variant.name}</b>" in page
+        assert (
+            len(re.findall(rf"coloured series-\d\"[^>]*>{number}</text>", page)) == 2
+        )  # speed against size, and against context
+    assert ">row-4</text>" not in page
+
+
 @pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium is installed")
 @pytest.mark.parametrize(
     ("added", "problem"),

@@ -18,6 +18,7 @@ from gpt2_edge.benchmarks.coordinator import Coordinator
 from gpt2_edge.benchmarks.rows import RandomTokensRow
 from gpt2_edge.benchmarks.stopwatch import Stopwatch
 from gpt2_edge.benchmarks.subject import Subject
+from gpt2_edge.benchmarks.worker import Worker
 from gpt2_edge.benchmarks.worker_process import WorkerError, WorkerProcess
 from gpt2_edge.errors import OptionError
 from gpt2_edge.quantize.quality import measure_quality
@@ -47,6 +48,14 @@ def report(storyteller_fp32: Path, storyteller_int8: Path, tmp_path_factory: pyt
     assert stages[0] == "loading"
     assert "repetition 3 of 3" in stages
     return report
+
+
+def test_sequences_that_do_not_fit_side_by_side_give_no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = Worker("storyteller", "cpu", 1)
+    assert worker.speed(n_prompt=0, n_gen=4, n_depth=16, batch=4, sample_seconds=0)["tokens_per_second"] > 0
+    monkeypatch.setattr(worker._model._core.engine, "_most_rows", 2)
+    with pytest.raises(OptionError, match="4 sequences do not fit side by side"):
+        worker.speed(n_prompt=0, n_gen=4, n_depth=16, batch=4, sample_seconds=0)
 
 
 def test_every_test_has_its_samples(report: Report) -> None:

@@ -23,6 +23,12 @@ _GGML_NAMES: Final = {
     "GGML_AVX512_BF16": "avx512_bf16",
 }
 
+# The precision of ours that a form is compared with.
+PRECISIONS: Final = {
+    **{name: name for name in ("fp32", "int8", "int4")},
+    **{"float32": "fp32", "Q8_0": "int8", "Q4_K_M": "int4", "Q4_0": "int4"},
+}
+
 
 @dataclass(frozen=True, slots=True)
 class Peer:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from gpt2_edge.benchmarks.peers.catalog import PRECISIONS
 from gpt2_edge.benchmarks.peers.preparation import PeerModel
 from gpt2_edge.benchmarks.peers.process import start_peer
 from gpt2_edge.benchmarks.subject import Subject
@@ -49,6 +50,7 @@ class PeerSubject(Subject):
         checkpoint, folder = self._model.checkpoint, self._model.folder
         facts = {
             "peer": " ".join(filter(None, (self._model.peer.distribution, self._loaded.get("version")))),
+            "precision": PRECISIONS.get(self._model.variant),
             "context_length": checkpoint.context_length,
             "vocabulary_size": checkpoint.vocabulary_size,
             "content_sha256": checkpoint.digest,
