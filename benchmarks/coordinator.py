@@ -91,6 +91,8 @@ class Coordinator:
                 stack.callback(subject.close)
             try:
                 self._load()
+                if not self._alive():
+                    return
                 self._measure_speed()
                 self._measure_processes()
                 if self._settings.quality_tokens:

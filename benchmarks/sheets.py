@@ -87,7 +87,8 @@ def _speeds(report: Report) -> Sheet:
     tests = list(dict.fromkeys(name for variant in report.variants for name in variant.speeds))
     measured = [test for test in tests if any(variant.speed(test) for variant in report.variants)]
     threads: _Column = ("threads", lambda variant: str(variant.threads or NOTHING))
-    title = f"{SPEEDS_TITLE}, {report.settings.get('repetitions')} repetitions"
+    repetitions = report.settings.get("repetitions")
+    title = f"{SPEEDS_TITLE}, {repetitions} repetition{'' if repetitions == 1 else 's'}"
     return _sheet(title, report, [*map(_speed_column, measured), threads])
 
 
