@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -99,8 +100,6 @@ def write_checkpoint() -> Callable[..., Path]:
     """Write a tiny GPT-2 checkpoint with random weights, as transformers saves it, and the storyteller's tokenizer."""
 
     def write(folder: Path, **config: Any) -> Path:
-        import shutil
-
         import torch
         from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -137,3 +136,12 @@ def make_checkpoint(tmp_path: Path, write_checkpoint: Callable[..., Path]) -> Ca
         return write_checkpoint(tmp_path / name, **config)
 
     return make
+
+
+@pytest.fixture
+def model_copy(storyteller_int8: Path, tmp_path: Path) -> Iterator[Path]:
+    """A copy of the storyteller that may be changed."""
+    copy = tmp_path / "copy"
+    shutil.copytree(storyteller_int8, copy)
+    yield copy
+    shutil.rmtree(copy)

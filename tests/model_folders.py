@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import onnx
 
@@ -12,6 +12,38 @@ from gpt2_edge.folder import file_sha256, open_folder
 from gpt2_edge.manifest import MANIFEST_NAME
 
 Json = Any
+SHA256: Final = "0123456789abcdef" * 4
+
+
+def manifest_document() -> dict[str, Json]:
+    """Return a manifest that is right, of a model that there is not."""
+    return {
+        "format_version": 1,
+        "architecture": {
+            "layers": 2,
+            "heads": 4,
+            "head_size": 8,
+            "width": 32,
+            "inner_width": 128,
+            "context_length": 16,
+            "vocabulary_size": 100,
+            "activation": "gelu_new",
+            "tied_head": True,
+        },
+        "flavour": "fused",
+        "precision": "fp32",
+        "recipe": None,
+        "graphs": {"decoder": "model.onnx"},
+        "end_of_text": 0,
+        "source": {"name": "made up"},
+        "tools": {},
+        "minimum_onnxruntime": "1.20",
+        "measured": {},
+        "files": [
+            {"name": "model.onnx", "size_bytes": 5, "sha256": SHA256},
+            {"name": "tokenizer.json", "size_bytes": 0, "sha256": SHA256},
+        ],
+    }
 
 
 def copy_of_storyteller(place: Path) -> Path:
