@@ -5,8 +5,9 @@ one token at a time is faster than `read bandwidth / bytes touched a token`.
 """
 
 import time
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -74,10 +75,33 @@ def bytes_touched_per_token(manifest: Manifest, depth: float) -> int:
     # Of the position table, and of a token embedding that is not the head as well, a token reads one row. How a
     # quantized embedding is stored, the manifest does not say; as for the other matrices, its share is that of its
     # parameters.
-    unread = _BYTES_OF_FLOAT * shape.context_length * shape.width
+    recipe = manifest.recipe or {}
+    stored_bytes_of_float = int(recipe.get("float_bits", 32)) // 8
+    unread = stored_bytes_of_float * shape.context_length * shape.width
     if not shape.tied_head:
         share = shape.vocabulary_size * shape.width / parameters(manifest)
         unread += int(share * weights_bytes(manifest))
-    if manifest.recipe is not None and manifest.recipe.get("prompt") is not None:
+    if recipe.get("prompt") is not None:
         unread += _block_matrices(shape)  # a byte for each weight of those that are for prompts
-    return max(1, weights_bytes(manifest) - unread) + int(manifest.cache_bytes_per_token * depth)
+    # ONNX Runtime makes float32 of the scales as it loads them.
+    widened = (_BYTES_OF_FLOAT - stored_bytes_of_float) * _scales(recipe, shape) if stored_bytes_of_float < 4 else 0
+    return max(1, weights_bytes(manifest) - unread + widened) + int(manifest.cache_bytes_per_token * depth)
+
+
+def _scales(recipe: Mapping[str, Any], shape: Architecture) -> int:
+    """Return how many scales of blocks a token reads."""
+    promotion = recipe.get("promotion") or {"matrix_format": recipe["head"], "first_tokens": 0.0, "layers": ()}
+    promoted = promotion["matrix_format"]["block_size"]
+    weights = {
+        "attn.c_attn.weight": 3 * shape.width**2,
+        "attn.c_proj.weight": shape.width**2,
+        "mlp.c_fc.weight": shape.width * shape.inner_width,
+        "mlp.c_proj.weight": shape.inner_width * shape.width,
+    }
+    a_layer: float = sum(
+        count / (promoted if name.endswith(tuple(promotion["layers"])) else recipe["linear"]["block_size"])
+        for name, count in weights.items()
+    )
+    share = promotion["first_tokens"]
+    head: float = share / promoted + (1 - share) / recipe["head"]["block_size"]
+    return round(shape.layers * a_layer + shape.vocabulary_size * shape.width * head)

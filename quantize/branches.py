@@ -8,10 +8,10 @@ import onnx_ir
 from onnx import ModelProto, numpy_helper
 from onnx_ir import Graph, Node, Value
 
+from gpt2_edge.graph_names import MOST_FEW_TOKENS
 from gpt2_edge.quantize.graph_edit import NewNodes, constant, graph_input
 
 _MOST_FEW_TOKENS: Final = 8
-_LIMIT_NAME: Final = "branches.most_few_tokens"
 _CONDITION_NAME: Final = "branches.many_tokens"
 
 
@@ -39,7 +39,7 @@ def replace_by_branches(
 
 def has_branches(model: ModelProto) -> bool:
     """Tell whether a graph computes a few new tokens in another way than many."""
-    return any(tensor.name == _LIMIT_NAME for tensor in model.graph.initializer)
+    return any(tensor.name == MOST_FEW_TOKENS for tensor in model.graph.initializer)
 
 
 def always_few(model: ModelProto) -> ModelProto:
@@ -47,8 +47,8 @@ def always_few(model: ModelProto) -> ModelProto:
     changed = ModelProto()
     changed.CopyFrom(model)
     for tensor in changed.graph.initializer:
-        if tensor.name == _LIMIT_NAME:
-            tensor.CopyFrom(numpy_helper.from_array(np.array(2**62, np.int64), _LIMIT_NAME))
+        if tensor.name == MOST_FEW_TOKENS:
+            tensor.CopyFrom(numpy_helper.from_array(np.array(2**62, np.int64), MOST_FEW_TOKENS))
     return changed
 
 
@@ -66,7 +66,7 @@ def _many_tokens(graph: Graph) -> Value:
     shape = onnx_ir.node("Shape", [graph_input(graph, "input_ids")], name="branches.Shape")
     axis = constant(graph, "branches.sequence_axis", np.array(1, np.int64))
     count = onnx_ir.node("Gather", [shape.outputs[0], axis], name="branches.Gather")
-    limit = constant(graph, _LIMIT_NAME, np.array(_MOST_FEW_TOKENS, np.int64))
+    limit = constant(graph, MOST_FEW_TOKENS, np.array(_MOST_FEW_TOKENS, np.int64))
     many = onnx_ir.node("Greater", [count.outputs[0], limit], name="branches.Greater")
     many.outputs[0].name = _CONDITION_NAME
     first = next(iter(graph))

@@ -38,9 +38,21 @@ class CalibrationRun:
 
     def __init__(self, model: Model, architecture: Architecture, windows: Sequence[Sequence[int]]) -> None:
         self._model = model
+        self._architecture = architecture
+        self._windows = windows
         self._inputs = [_graph_inputs(architecture, window) for window in windows]
         self._live: list[dict[Value, _Array]] = [{} for _ in windows]
         self._computed: set[Node] = set()
+
+    @property
+    def tokens(self) -> int:
+        """How many vectors every value has, in all windows together."""
+        return sum(map(len, self._windows))
+
+    def of_a_copy(self) -> "CalibrationRun":
+        """Return a run of the graph as it is now, whatever is changed afterwards."""
+        copy = Model(self._model.graph.clone(), ir_version=self._model.ir_version)
+        return CalibrationRun(copy, self._architecture, self._windows)
 
     def mean(self, value: Value) -> FloatArray:
         """Return the mean of the vectors that a value has in all windows, shape [width].
@@ -89,6 +101,37 @@ class CalibrationRun:
         if not np.isfinite(total).all():
             raise QuantizationError(f"the model computes numbers that are not finite before {value.name}")
         return total
+
+    def compare(self, value: Value, mean: FloatArray, original: "CalibrationRun") -> tuple[FloatArray, Hessian]:
+        """Return how the vectors X [tokens, width] of a value differ from those it has in another graph.
+
+        Args:
+            value: As in `hessian`.
+            mean: Of the vectors.
+            original: Over the same text, and a graph that has a value of the same name. Ask in its order.
+
+        Returns:
+            The mean of the differences D, those of the other graph less these, shape [width]; and (X - mean)^T D,
+            shape [width, width].
+        """
+        theirs = original.value_named(_name(value))
+        self.advance_to(value)
+        original.advance_to(theirs)
+        total = np.zeros(len(mean), np.float64)
+        products = np.zeros((len(mean), len(mean)), np.float64)
+        for live, original_live in zip(self._live, original._live, strict=True):
+            vectors = _vectors(live[value])
+            difference = _vectors(original_live[theirs]) - vectors
+            total += difference.sum(axis=0, dtype=np.float64)
+            products += (vectors - mean).T @ difference
+        return (total / self.tokens).astype(np.float32), products
+
+    def value_named(self, name: str) -> Value:
+        """Return the value of the graph that has a name."""
+        found = next((each for node in self._model.graph for each in node.outputs if each.name == name), None)
+        if found is None:
+            raise ValueError(f"the graph computes no {name}")
+        return found
 
     def transform(self, value: Value, mean: FloatArray, scales: FloatArray) -> None:
         """Let a computed value be `(value - mean) / scales`, as the graph that was changed since gives it."""

@@ -30,7 +30,7 @@ class LinearLayer:
         matrix: Shape [outputs, inputs].
         bias: Shape [outputs].
         mean: Of `x` as the graph computes it, shape [inputs]; None without a calibration text.
-        hessian: X^T X of `x` less that mean, shape [inputs, inputs]; None if nobody needs it.
+        hessian: X^T X of `x` less its mean, shape [inputs, inputs]; None if nobody needs it.
     """
 
     x: Value
@@ -39,6 +39,14 @@ class LinearLayer:
     mean: FloatArray | None = None
     hessian: Hessian | None = None
 
+    def subtract_from_inputs(self, mean: FloatArray, scales: FloatArray) -> None:
+        """Let the layer be one of `(x - mean) / scales`, with the same outputs; `mean` is all of it that `x` has."""
+        self.bias = self.bias + self.matrix @ mean
+        self.matrix = self.matrix * scales
+        if self.hessian is not None:
+            self.hessian = self.hessian / np.outer(scales, scales)
+        self.mean = np.zeros_like(mean)
+
     def bias_beside(self, rounded: FloatArray) -> FloatArray:
         """Return the bias with which a rounded matrix gives the same outputs for the mean input."""
         if self.mean is None:
@@ -46,7 +54,13 @@ class LinearLayer:
         return (self.bias + (self.matrix - rounded) @ self.mean).astype(np.float32, copy=False)
 
 
-def centre(graph: Graph, layer: LinearLayer, calibration: CalibrationRun, equalize: bool) -> None:
+def centre(
+    graph: Graph,
+    layer: LinearLayer,
+    calibration: CalibrationRun,
+    equalize: bool,
+    other: LinearLayer | None = None,
+) -> None:
     """Change the graph so that `x` has the mean 0 if that costs nothing at run time, and the layer to match.
 
     Args:
@@ -55,7 +69,9 @@ def centre(graph: Graph, layer: LinearLayer, calibration: CalibrationRun, equali
         calibration: Asked for `layer.x` here.
         equalize: Whether to divide the channels of `x` by something, and to multiply the matrix with it, so that they
             share one scale better.
+        other: A layer of the same inputs, which is changed along.
     """
+    layers = [layer] if other is None else [layer, other]
     mean = calibration.mean(layer.x)
     source = source_of(layer.x)
     scales = np.ones_like(mean)
@@ -71,12 +87,12 @@ def centre(graph: Graph, layer: LinearLayer, calibration: CalibrationRun, equali
         bias[-len(mean) :] -= mean  # queries, keys, values
         replace_weight(graph, node, index, bias)
     else:
-        layer.mean = mean
+        for each in layers:
+            each.mean = mean
         return
     calibration.transform(layer.x, mean, scales)
-    layer.bias = layer.bias + layer.matrix @ mean
-    layer.matrix = layer.matrix * scales
-    layer.mean = np.zeros_like(mean)
+    for each in layers:
+        each.subtract_from_inputs(mean, scales)
 
 
 def _addition_of_bias(attention: Node) -> tuple[Node, int] | None:

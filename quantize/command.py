@@ -12,6 +12,7 @@ from gpt2_edge.errors import OptionError
 from gpt2_edge.manifest import Manifest
 from gpt2_edge.quality_table import quality_rows
 from gpt2_edge.quantize.recipes import CACHES, RECIPES, Recipe, default_recipe, recipe_named
+from gpt2_edge.seal import write_file
 
 if TYPE_CHECKING:
     from gpt2_edge.quantize.auto import Candidate
@@ -22,11 +23,11 @@ _DEFAULT_BUDGET: Final = "1%"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `quantize`."""
-    recipes = "; ".join(f"{recipe.name}: {recipe.note}" for recipe in RECIPES.values())
+    recipes = "; ".join(f"{recipe.name}{_default_of(recipe)}: {recipe.note}" for recipe in RECIPES.values())
     precisions = sorted({recipe.precision for recipe in RECIPES.values()})
     parser.add_argument("folder", metavar="FOLDER", help="an fp32 model folder")
     parser.add_argument("-o", "--output", metavar="FOLDER", type=Path, required=True, help="the model folder to make")
-    parser.add_argument("--precision", choices=precisions, help="needed, unless --auto chooses")
+    parser.add_argument("--precision", choices=precisions, help="needed, unless --recipe tells or --auto chooses")
     parser.add_argument("--recipe", metavar="NAME", help=recipes.replace("%", "%%"))
     parser.add_argument(
         "--calibration", metavar="FILE", type=Path, help="a text for recipes that look at one as they round"
@@ -65,12 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
         return _run_auto(arguments)
     if arguments.max_perplexity_increase is not None:
         raise OptionError("--max-perplexity-increase is for --auto: give both")
-    if arguments.precision is None:
-        raise OptionError(f"no precision is given: give --precision {' or '.join(_precisions())}, or --auto")
-    if arguments.recipe is None:
-        recipe = default_recipe(arguments.precision)
-    else:
-        recipe = recipe_named(arguments.recipe, arguments.precision)
+    recipe = _recipe(arguments.precision, arguments.recipe)
+    _check_report(arguments.report)
     from gpt2_edge.quantize.pipeline import quantize_folder
 
     manifest = quantize_folder(
@@ -85,9 +82,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _recipe(precision: str | None, name: str | None) -> Recipe:
+    if name is not None:
+        return recipe_named(name, precision)
+    if precision is None:
+        raise OptionError(f"no precision is given: give --precision {' or '.join(_precisions())}, or --auto")
+    return default_recipe(precision)
+
+
 def _run_auto(arguments: argparse.Namespace) -> int:
     if arguments.recipe is not None:
         raise OptionError("--auto chooses the recipe: leave --recipe out")
+    _check_report(arguments.report)
     from gpt2_edge.quantize.auto import candidate_table, quantize_automatically
 
     budget = (
@@ -134,7 +140,12 @@ def _print_result(output: Path, recipe: Recipe, manifest: Manifest, report: str 
         print(*(f"{name:<{width}}  {value}" for name, value in rows), sep="\n")
     elif report is not None:
         document = json.dumps(_document(output, manifest), indent=2, ensure_ascii=False)
-        Path(report).write_text(document + "\n", encoding="utf-8")
+        try:
+            write_file(Path(report), [f"{document}\n".encode()])
+        except OSError as error:
+            raise OptionError(
+                f"cannot write {report}: {error.strerror or error}; {output} is made, and its manifest says the same"
+            ) from error
 
 
 def _document(output: Path, manifest: Manifest) -> dict[str, object]:
@@ -145,6 +156,16 @@ def _document(output: Path, manifest: Manifest) -> dict[str, object]:
         "content_sha256": manifest.content_sha256,
         "quality": manifest.measured["quality"],
     }
+
+
+def _check_report(report: str | None) -> None:
+    """Refuse a file that cannot be written, before long work starts."""
+    if report not in (None, "-", _TABLE) and not Path(report).absolute().parent.is_dir():
+        raise OptionError(f"cannot write {report}: there is no folder {Path(report).parent}")
+
+
+def _default_of(recipe: Recipe) -> str:
+    return f" (default of {recipe.precision})" if recipe is default_recipe(recipe.precision) else ""
 
 
 def _precisions() -> list[str]:

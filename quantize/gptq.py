@@ -43,11 +43,11 @@ def gptq(
         weight of a block gets the end of the range that is one longer. A row of zeros stays exactly zero.
     """
     rows, columns = matrix.shape
-    damped = _damped(hessian, damping)
+    regular = damped(hessian, damping)
     # With the order of rows and columns reversed, the lower Cholesky factor of H is the inverse of the upper one of
     # H^-1, which is what the columns need.
-    inverse_factor = np.linalg.inv(np.linalg.cholesky(damped[::-1, ::-1]))[::-1, ::-1].astype(np.float32, order="C")
-    single_hessian = damped.astype(np.float32)
+    inverse_factor = np.linalg.inv(np.linalg.cholesky(regular[::-1, ::-1]))[::-1, ::-1].astype(np.float32, order="C")
+    single_hessian = regular.astype(np.float32)
     steps = np.empty((rows, columns), np.int8)
     scales = np.empty((rows, -(-columns // block_size)), np.float32)
     for start in range(0, rows, _ROWS_AT_ONCE):
@@ -61,12 +61,12 @@ def gptq(
     return steps, scales
 
 
-def _damped(hessian: npt.NDArray[np.floating], damping: float) -> npt.NDArray[np.float64]:
-    """Return a multiple of the Hessian whose diagonal has the mean 1, with something added to the diagonal."""
+def damped(hessian: npt.NDArray[np.floating], damping: float) -> npt.NDArray[np.float64]:
+    """Return a multiple of a Hessian whose diagonal has the mean 1, with something added to the diagonal."""
     mean = float(hessian.diagonal().mean(dtype=np.float64))
-    damped = hessian / np.float64(mean) if mean > 0 else np.eye(len(hessian))
-    damped[np.diag_indices_from(damped)] += damping
-    return damped
+    result = hessian / np.float64(mean) if mean > 0 else np.eye(len(hessian))
+    result[np.diag_indices_from(result)] += damping
+    return result
 
 
 def _round_columns(

@@ -1,5 +1,6 @@
 """From an fp32 model folder to a sealed, quantized one: rewrite, count, write, compare, seal."""
 
+import json
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
@@ -25,7 +26,7 @@ try:
     from gpt2_edge.quantize.folder_graph import read_model
     from gpt2_edge.quantize.golden import golden_logits
     from gpt2_edge.quantize.integer_cache import MINIMUM_ONNXRUNTIME, use_integer_cache
-    from gpt2_edge.quantize.rewrite import check_finite, quantize_matrices
+    from gpt2_edge.quantize.rewrite import Replaced, check_finite, quantize_matrices
 except ModuleNotFoundError as error:
     raise MissingDependencyError(
         f"quantizing needs {error.name}, which is not installed: run pip install 'gpt2-edge[cpu,quantize]'"
@@ -96,12 +97,10 @@ def quantize_folder(
     with Progress("quantize", total=_matrices(manifest) + 2 + MOST_STEPS) as progress:
         model = read_model(opened)
         check_finite(model)
-        calibrated: CalibrationText | None = None
-        if recipe.needs_calibration or cache == "int8":
-            progress.start("preparing the calibration text")
-            calibrated = choose_calibration_text(calibration, source)
+        progress.start("preparing the calibration text")
+        calibrated = choose_calibration_text(calibration, source)
         try:
-            quantized = _rewrite(model, manifest, recipe, calibrated, cache, progress)
+            replaced = _rewrite(model, manifest, recipe, calibrated, cache, progress)
         except ValueError as error:  # onnx refuses weights that are linked to from elsewhere, for example
             raise QuantizationError(f"cannot read the weights of {source}: {error}; copy the folder first") from error
         with new_folder(destination) as folder:
@@ -118,9 +117,10 @@ def quantize_folder(
                 minimum_onnxruntime=MINIMUM_ONNXRUNTIME if cache == "int8" else manifest.minimum_onnxruntime,
                 graphs={"decoder": graph_name},
                 recipe={
-                    **asdict(recipe),
-                    "calibration": None if calibrated is None else calibrated.title,
-                    "quantized_matrices": quantized,
+                    **json.loads(json.dumps(asdict(recipe))),  # as it is read again
+                    "calibration": calibrated.title,
+                    "quantized_matrices": len(replaced.formats),
+                    "matrices": dict(replaced.formats),
                 },
                 tools={**manifest.tools, "gpt2-edge": VERSION, "onnx-ir": metadata.version("onnx-ir")},
                 measured={},
@@ -142,27 +142,27 @@ def _rewrite(
     model: onnx_ir.Model,
     manifest: Manifest,
     recipe: Recipe,
-    calibrated: CalibrationText | None,
+    calibrated: CalibrationText,
     cache: str,
     progress: Progress,
-) -> int:
-    """Change the graph in place; return how many matrices were quantized."""
-    if cache == "int8" and calibrated is not None:
+) -> Replaced:
+    """Change the graph in place."""
+    if cache == "int8":
         progress.start("scaling keys and values")
         scale_cache(model, CalibrationRun(model, manifest.architecture, calibrated.with_other_beginnings()))
     progress.start(f"rounding the matrices ({recipe.name})")
-    run = None if calibrated is None else CalibrationRun(model, manifest.architecture, calibrated.windows)
+    run = CalibrationRun(model, manifest.architecture, calibrated.windows)
     replaced = quantize_matrices(model, recipe, run, progress.advance)
-    quantized = len(set(replaced))
+    quantized = len(replaced.formats)
     # The tracer keeps small matrices that are equal as one, so there may be fewer than the blocks have.
-    if len(replaced) != _uses(manifest) or quantized > _matrices(manifest):
+    if replaced.places != _uses(manifest) or quantized > _matrices(manifest):
         raise QuantizationError(
-            f"{quantized} matrices were quantized in {len(replaced)} places, where the model has "
+            f"{quantized} matrices were quantized in {replaced.places} places, where the model has "
             f"{_matrices(manifest)} in {_uses(manifest)}: export it again"
         )
     if cache == "int8":
         use_integer_cache(model)
-    return quantized
+    return replaced
 
 
 def _uses(manifest: Manifest) -> int:

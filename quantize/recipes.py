@@ -21,6 +21,29 @@ class MatrixFormat:
     block_size: int | None
     rounding: str
 
+    def __str__(self) -> str:
+        """Say how it is stored, for the manifest."""
+        return f"{self.bits} bits, " + (
+            f"blocks of {self.block_size}" if self.block_size else "a scale for each output"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Promotion:
+    """What is stored with more bits than the rest, because it pays most for them.
+
+    Attributes:
+        matrix_format: How.
+        first_tokens: This share of the vocabulary's rows of the head and the embedding, from the first on. A byte-pair
+            vocabulary lists tokens in the order in which they were merged, the frequent ones first; so a few rows have
+            most of the probability, and what is wrong with the others hardly matters.
+        layers: The matrices of the blocks whose names end so.
+    """
+
+    matrix_format: MatrixFormat
+    first_tokens: float
+    layers: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
@@ -31,25 +54,39 @@ class Recipe:
         precision: The manifest's precision.
         linear: The matrices of the blocks.
         head: The head, and with it the embedding that it is tied to.
-        centred: Whether the mean of what a matrix is multiplied with, over a calibration text, is taken out before
-            anything is rounded.
         note: What the recipe is for.
+        promotion: What of both is stored more finely.
         prompt: How the matrices of the blocks are stored once more, for computing many tokens at once; None computes
             them with those that compute one.
+        float_bits: Of the floats that are stored for each block and each position, 16 or 32.
     """
 
     name: str
     precision: str
     linear: MatrixFormat
     head: MatrixFormat
-    centred: bool
     note: str
+    promotion: Promotion | None = None
     prompt: MatrixFormat | None = None
+    float_bits: int = 32
 
-    @property
-    def needs_calibration(self) -> bool:
-        """Whether it matters what the matrices are multiplied with."""
-        return self.centred or "gptq" in (self.linear.rounding, self.head.rounding)
+    def linear_format(self, name: str) -> MatrixFormat:
+        """Return how a matrix of the blocks is stored."""
+        if self.promotion is not None and name.endswith(self.promotion.layers):
+            return self.promotion.matrix_format
+        return self.linear
+
+    def head_formats(self, vocabulary_size: int) -> list[tuple[int, MatrixFormat]]:
+        """Return how the rows of the head are stored: how many, from the first on, in which way."""
+        if self.promotion is None:
+            return [(vocabulary_size, self.head)]
+        first = round(self.promotion.first_tokens * vocabulary_size / _ROWS_TOGETHER) * _ROWS_TOGETHER
+        first = min(max(first, _ROWS_TOGETHER), vocabulary_size)
+        parts = [(first, self.promotion.matrix_format), (vocabulary_size - first, self.head)]
+        return [(rows, matrix_format) for rows, matrix_format in parts if rows]
+
+
+_ROWS_TOGETHER: Final = 64  # that the kernels compute at a time, or a divisor of it
 
 
 def _nearest(bits: int, block_size: int | None) -> MatrixFormat:
@@ -63,20 +100,46 @@ def _gptq(bits: int, block_size: int) -> MatrixFormat:
 # Blocks of at most 64 at 8 bits and 32 at 4 bits: with larger ones the kernel gives a row other bits in a batch than
 # alone.
 _ALL: Final = (
-    Recipe("int8", "int8", _nearest(8, None), _nearest(8, 64), True, "the default: fast prefill"),
-    Recipe("int8-block64", "int8", _nearest(8, 64), _nearest(8, 64), True, "closer, but slower prefill"),
-    Recipe("int8-block32", "int8", _nearest(8, 32), _nearest(8, 32), True, "closest, and 6 % larger than int8-block64"),
-    Recipe("int4", "int4", _gptq(4, 32), _gptq(8, 64), True, "the default: 4-bit matrices, 8-bit head"),
-    Recipe("int4-small", "int4", _gptq(4, 128), _gptq(4, 32), True, "the smallest: a 4-bit head too"),
+    Recipe("int8", "int8", _nearest(8, None), _nearest(8, 64), "fast prompts"),
+    Recipe("int8-block64", "int8", _nearest(8, 64), _nearest(8, 64), "closer, but slower prefill"),
+    Recipe("int8-block32", "int8", _nearest(8, 32), _nearest(8, 32), "closest, and 6 % larger than int8-block64"),
+    Recipe(
+        "int4",
+        "int4",
+        _gptq(4, 32),
+        _gptq(4, 32),
+        "4-bit matrices, 8 bits for half of the vocabulary",
+        promotion=Promotion(_gptq(8, 64), first_tokens=0.5),
+        float_bits=16,
+    ),
+    Recipe(
+        "int4-close",
+        "int4",
+        _gptq(4, 32),
+        _gptq(4, 32),
+        "between int4 and int8: 8 bits where they pay most",
+        promotion=Promotion(_gptq(8, 64), first_tokens=0.75, layers=("attn.c_proj.weight", "mlp.c_fc.weight")),
+        float_bits=16,
+    ),
+    Recipe(
+        "int4-small",
+        "int4",
+        _gptq(4, 128),
+        _gptq(4, 128),
+        "the smallest: 8 bits for a tenth of the vocabulary only",
+        promotion=Promotion(_gptq(8, 64), first_tokens=0.1),
+        float_bits=16,
+    ),
     # Products with 7 bits saturate nowhere; with 8, ONNX Runtime has a remedy, which does not reach into branches.
     Recipe(
         "int4-fast",
         "int4",
         _gptq(4, 128),
-        _gptq(4, 32),
-        True,
+        _gptq(4, 128),
         "the fastest: int4-small, with matrices like those of int8 for prompts",
+        promotion=Promotion(_gptq(8, 64), first_tokens=0.1),
         prompt=_nearest(7, None),
+        float_bits=16,
     ),
 )
 RECIPES: Final = {recipe.name: recipe for recipe in _ALL}
@@ -95,14 +158,14 @@ def default_recipe(precision: str) -> Recipe:
     return RECIPES[_DEFAULTS[precision]]
 
 
-def recipe_named(name: str, precision: str) -> Recipe:
+def recipe_named(name: str, precision: str | None = None) -> Recipe:
     """Return the recipe of that name.
 
     Raises:
         OptionError: There is none, or it is of another precision.
     """
     recipe = RECIPES.get(name)
-    if recipe is None or recipe.precision != precision:
-        names = [recipe.name for recipe in _ALL if recipe.precision == precision]
-        raise OptionError(f"recipe is {name!r}: for {precision} give {' or '.join(names)}")
+    if recipe is None or precision not in (None, recipe.precision):
+        names = [recipe.name for recipe in _ALL if precision in (None, recipe.precision)]
+        raise OptionError(f"recipe is {name!r}: {f'for {precision} ' if precision else ''}give {' or '.join(names)}")
     return recipe

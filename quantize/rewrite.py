@@ -5,8 +5,9 @@ and row by row, and multiplies integers; or, with one scale for each output, a f
 The embedding's lookup gathers rows of the same integers that the head multiplies with.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
 import numpy as np
@@ -16,9 +17,12 @@ from onnx_ir import Graph, Model, Node, Value
 
 from gpt2_edge.errors import QuantizationError
 from gpt2_edge.quantize.blockwise import BlockwiseMatrix, pack
+from gpt2_edge.quantize.blockwise_product import StoredMatrix, blockwise_lookup, blockwise_product, store
 from gpt2_edge.quantize.branches import replace_by_branches
-from gpt2_edge.quantize.calibration import CalibrationRun
+from gpt2_edge.quantize.calibration import CalibrationRun, Hessian
 from gpt2_edge.quantize.centring import LinearLayer, centre
+from gpt2_edge.quantize.compensation import compensate
+from gpt2_edge.quantize.gptq import FloatArray
 from gpt2_edge.quantize.graph_edit import (
     NewNodes,
     array_of,
@@ -29,29 +33,40 @@ from gpt2_edge.quantize.graph_edit import (
     only_consumer,
     replace_nodes,
 )
+from gpt2_edge.quantize.half_floats import as_half, through_half
 from gpt2_edge.quantize.integer_product import integer_product
 from gpt2_edge.quantize.recipes import MatrixFormat, Recipe
 from gpt2_edge.quantize.rounding import round_matrix
 
-# 4 of the kernel's accuracy levels: integer products. The others dequantize the weights in every run.
-_INTEGER_PRODUCTS: Final = 4
 _BIAS_INPUT: Final = 5  # of MatMulNBits
 
 
+@dataclass(frozen=True, slots=True)
+class Replaced:
+    """What became of the matrices of a graph.
+
+    Attributes:
+        places: In how many products and lookups one was replaced.
+        formats: How each is stored now, in words.
+    """
+
+    places: int
+    formats: Mapping[str, str]
+
+
 def quantize_matrices(
-    model: Model, recipe: Recipe, calibration: CalibrationRun | None, on_matrix: Callable[[], object] = lambda: None
-) -> list[str]:
+    model: Model, recipe: Recipe, calibration: CalibrationRun, on_matrix: Callable[[], object] = lambda: None
+) -> Replaced:
     """Replace every matrix of a fused graph, in place.
 
     Args:
         model: The graph, as `gpt2-edge export` writes it.
         recipe: Says how each matrix is stored and rounded.
-        calibration: Over the same graph; None takes all inputs for equally large and independent.
+        calibration: Over the same graph.
         on_matrix: Called after each matrix.
 
     Returns:
-        The name of the quantized matrix for each product and each lookup that was replaced: that of a tied embedding
-        comes twice.
+        What was replaced.
 
     Raises:
         QuantizationError: The graph is not of the expected form.
@@ -66,9 +81,11 @@ def quantize_matrices(
     for node in tuple(model.graph):
         if node.op_type == "Gather" and node.inputs[1] is graph_input(model.graph, "input_ids"):
             rewriter.replace_embedding(node)
+        elif node.op_type == "Gather" and node.inputs[1] is graph_input(model.graph, "position_ids"):
+            rewriter.shrink_positions(node)
     rewriter.drop_unused()
     model.opset_imports["com.microsoft"] = 1
-    return rewriter.replaced
+    return Replaced(rewriter.places, rewriter.formats)
 
 
 def check_finite(model: Model) -> None:
@@ -105,17 +122,26 @@ class _PromptLayer:
     bias_difference: npt.NDArray[np.float32]
 
 
+def _rows_of(matrix: FloatArray, formats: Sequence[tuple[int, MatrixFormat]]) -> list[tuple[FloatArray, MatrixFormat]]:
+    """Return consecutive rows of a matrix, each with its format."""
+    starts = np.cumsum([rows for rows, _ in formats])[:-1]
+    return list(zip(np.split(matrix, starts), [matrix_format for _, matrix_format in formats], strict=True))
+
+
 class _Rewriter:
     def __init__(
-        self, graph: Graph, recipe: Recipe, calibration: CalibrationRun | None, on_matrix: Callable[[], object]
+        self, graph: Graph, recipe: Recipe, calibration: CalibrationRun, on_matrix: Callable[[], object]
     ) -> None:
         self._graph = graph
         self._recipe = recipe
         self._calibration = calibration
+        self._original = calibration.of_a_copy()
         self._on_matrix = on_matrix
-        self._tables: dict[str, BlockwiseMatrix] = {}
+        self._stored: dict[str, list[StoredMatrix]] = {}
+        self._uses: Counter[str] = Counter()
         self._prompt_layers: list[_PromptLayer] = []
-        self.replaced: list[str] = []
+        self.places = 0
+        self.formats: dict[str, str] = {}
 
     def replace_linear(self, matmul: Node) -> None:
         """`MatMul(x, weight [inputs, outputs])` and the `Add` of its bias."""
@@ -127,11 +153,13 @@ class _Rewriter:
         if not is_weight(bias):
             raise QuantizationError(f"the bias of {name_of(weight)} is not a weight: export the model again")
         layer = LinearLayer(x, np.ascontiguousarray(array_of(weight).T), array_of(bias))
-        count = self.replaced.count(name_of(weight))  # the tracer keeps matrices that are equal as one
-        name = f"{name_of(weight)}.{count}" if count else name_of(weight)
-        output = self._insert_layer(add, name, layer, self._recipe.linear)
+        self._uses[name_of(weight)] += 1
+        count = self._uses[name_of(weight)]  # the tracer keeps matrices that are equal as one
+        name = name_of(weight) if count == 1 else f"{name_of(weight)}.{count - 1}"
+        formats = [(len(layer.matrix), self._recipe.linear_format(name_of(weight)))]
+        output = self._insert_layer(add, name, layer, formats, self._recipe.prompt)
         replace_nodes(self._graph, [add, matmul], add.outputs[0], output)
-        self._done(weight)
+        self._done(weight, formats)
 
     def replace_head(self, gemm: Node) -> None:
         """`Gemm(x, weight [vocabulary, width], transB=1)` without a bias."""
@@ -141,34 +169,75 @@ class _Rewriter:
             raise QuantizationError(f"the head {name_of(weight)} is not of the expected form: export the model again")
         matrix = array_of(weight)
         layer = LinearLayer(x, matrix, np.zeros(len(matrix), np.float32))
-        output = self._insert_layer(gemm, name_of(weight), layer, self._recipe.head)
+        formats = self._recipe.head_formats(len(matrix))
+        tied = weight is not None and len(weight.uses()) > 1
+        output = self._insert_layer(gemm, name_of(weight), layer, formats, None, is_table=tied)
         replace_nodes(self._graph, [gemm], gemm.outputs[0], output)
-        self._done(weight)
+        self._done(weight, formats)
 
-    def _insert_layer(self, before: Node, name: str, layer: LinearLayer, matrix_format: MatrixFormat) -> Value:
-        """Round a layer and insert what computes it."""
-        prompt_format = self._recipe.prompt if matrix_format is self._recipe.linear else None
+    def _insert_layer(
+        self,
+        before: Node,
+        name: str,
+        layer: LinearLayer,
+        formats: Sequence[tuple[int, MatrixFormat]],
+        prompt_format: MatrixFormat | None,
+        is_table: bool = False,
+    ) -> Value:
+        """Round a layer and insert what computes it.
+
+        Args:
+            before: Where to insert it.
+            name: Of the matrix.
+            layer: Not centred yet.
+            formats: Each of so many outputs, from the first on.
+            prompt_format: How the matrix is stored once more.
+            is_table: Whether rows of the matrix are looked up as well, so that they have to stay what they are.
+        """
+        _, first_format = formats[0]
+        exact = replace(layer) if prompt_format is not None else None
         # The table of the embedding is the head's matrix, so its columns stay as they are.
-        equalize = matrix_format.block_size is None or prompt_format is not None
-        if self._calibration is not None:
-            if self._recipe.centred:
-                centre(self._graph, layer, self._calibration, equalize)
-            if matrix_format.rounding == "gptq":
-                layer.hessian = self._calibration.hessian(layer.x, layer.mean)
-        steps, scales = round_matrix(layer.matrix, matrix_format, layer.hessian)
-        if matrix_format.block_size is None:
-            nodes = NewNodes(name)
+        equalize = first_format.block_size is None or prompt_format is not None
+        if first_format.rounding == "gptq":
+            layer.hessian = self._calibration.hessian(layer.x, self._calibration.mean(layer.x))
+            if not is_table:
+                compensate(layer, layer.hessian, self._calibration, self._original)
+        centre(self._graph, layer, self._calibration, equalize, exact)
+        nodes = NewNodes(name)
+        if first_format.block_size is None:
+            steps, scales = round_matrix(layer.matrix, first_format, None)
             output = self._integer_product(nodes, layer.x, steps, scales, layer.bias_beside(steps * scales))
             self._graph.insert_before(before, nodes.nodes)
             return output
-        table = pack(steps, scales, matrix_format.bits, matrix_format.block_size)
-        self._tables[name] = table
-        output = self._insert_blockwise_product(before, name, layer, table)
-        if prompt_format is not None:
-            steps, scales = round_matrix(layer.matrix, prompt_format, None)
-            difference = layer.bias_beside(steps * scales) - layer.bias_beside(table.dequantized())
+        tables = [self._rounded(*part, layer.hessian) for part in _rows_of(layer.matrix, formats)]
+        bias = layer.bias_beside(np.concatenate([table.dequantized() for table in tables]))
+        starts = np.cumsum([rows for rows, _ in formats])[:-1]
+        products = [
+            blockwise_product(self._graph, nodes, layer.x, stored, part)
+            for stored, part in zip(self._store(name, tables), np.split(bias, starts), strict=True)
+        ]
+        output = products[0] if len(products) == 1 else nodes.value("Concat", products, axis=-1)
+        self._graph.insert_before(before, nodes.nodes)
+        if exact is not None and prompt_format is not None:
+            steps, scales = round_matrix(exact.matrix, prompt_format, None)
+            difference = exact.bias_beside(steps * scales) - bias
             self._prompt_layers.append(_PromptLayer(output, name, layer.x, steps, scales, difference))
         return output
+
+    def _rounded(self, matrix: FloatArray, matrix_format: MatrixFormat, hessian: Hessian | None) -> BlockwiseMatrix:
+        if matrix_format.block_size is None:
+            raise QuantizationError(f"the recipe {self._recipe.name} has no blocks where it needs some")
+        steps, scales = round_matrix(matrix, matrix_format, hessian)
+        if self._recipe.float_bits == 16:
+            scales = through_half(scales)
+        return pack(steps, scales, matrix_format.bits, matrix_format.block_size)
+
+    def _store(self, name: str, tables: Sequence[BlockwiseMatrix]) -> list[StoredMatrix]:
+        names = [name] if len(tables) == 1 else [f"{name}.{index}" for index in range(len(tables))]
+        self._stored[name] = [
+            store(self._graph, part, table, self._recipe.float_bits) for part, table in zip(names, tables, strict=True)
+        ]
+        return self._stored[name]
 
     def _integer_product(
         self,
@@ -197,84 +266,41 @@ class _Rewriter:
             outputs = few.node(node.op_type, node.inputs, domain=node.domain, **attributes)
             replace_by_branches(self._graph, node, (few, outputs), (many, [product]))
 
-    def _insert_blockwise_product(self, before: Node, name: str, layer: LinearLayer, table: BlockwiseMatrix) -> Value:
-        bias = layer.bias_beside(table.dequantized())
-        packed, scales = self._table(name)
-        inputs: list[Value | None] = [layer.x, packed, scales]
-        if bias.any():
-            # No zero points, no permutation of the columns.
-            inputs += [None, None, constant(self._graph, f"{name}.bias", bias)]
-        node = onnx_ir.node(
-            "MatMulNBits",
-            inputs,
-            {
-                "K": table.columns,
-                "N": len(table.values),
-                "bits": table.bits,
-                "block_size": table.block_size,
-                "accuracy_level": _INTEGER_PRODUCTS,
-            },
-            domain="com.microsoft",
-            name=f"{name}.MatMulNBits",
-        )
-        self._graph.insert_before(before, node)
-        node.outputs[0].name = f"{name}.MatMulNBits.output"
-        return node.outputs[0]
-
-    def _table(self, name: str) -> tuple[Value, Value]:
-        table = self._tables[name]
-        return (
-            constant(self._graph, f"{name}.quantized", table.values),
-            constant(self._graph, f"{name}.scales", table.scales),
-        )
-
-    def _done(self, weight: Value | None) -> None:
-        self.replaced.append(name_of(weight))
+    def _done(self, weight: Value | None, formats: Sequence[tuple[int, MatrixFormat]]) -> None:
+        (_, first), *rest = formats
+        parts = [f"{rows} rows with {matrix_format}" for rows, matrix_format in formats] if rest else [str(first)]
+        self.formats[name_of(weight)] = "; ".join(parts)
+        self.places += 1
         self._on_matrix()
 
     def replace_embedding(self, gather: Node) -> None:
-        """`Gather(weight [vocabulary, width], input_ids)`: look rows of integers up and dequantize only those."""
+        """`Gather(weight [vocabulary, width], input_ids)`: look rows of integers up."""
         weight, input_ids = gather.inputs
-        prefix = name_of(weight)
-        if prefix in self._tables:
-            self.replaced.append(prefix)
+        name = name_of(weight)
+        if input_ids is None:
+            raise QuantizationError(f"the lookup of {name} has no ids: export the model again")
+        if name in self._stored:
+            self.places += 1
         else:
-            head = self._recipe.head
-            if head.block_size is None:
-                raise QuantizationError(f"the recipe {self._recipe.name} has no format for an embedding")
-            steps, row_scales_array = round_matrix(array_of(weight), head, None)
-            self._tables[prefix] = pack(steps, row_scales_array, head.bits, head.block_size)
-            self._done(weight)
-        matrix = self._tables[prefix]
-        packed, scales = self._table(prefix)
+            matrix = array_of(weight)
+            formats = self._recipe.head_formats(len(matrix))
+            self._store(name, [self._rounded(*part, None) for part in _rows_of(matrix, formats)])
+            self._done(weight, formats)
+        nodes = NewNodes(f"{name}.lookup")
+        rows = blockwise_lookup(self._graph, nodes, self._stored[name], input_ids)
+        self._graph.insert_before(gather, nodes.nodes)
+        replace_nodes(self._graph, [gather], gather.outputs[0], rows)
 
-        def node(operator: str, inputs: list[Value | None], suffix: str = "", **attributes: int) -> Value:
-            made = onnx_ir.node(operator, inputs, attributes, name=f"{prefix}.{operator}{suffix}")
-            self._graph.insert_before(gather, made)
-            return made.outputs[0]
-
-        integers = node("Gather", [packed, input_ids], ".values")
-        row_scales = node("Gather", [scales, input_ids], ".scales")
-        if matrix.bits == 8:
-            values = node("Cast", [integers], to=onnx_ir.DataType.FLOAT)  # [batch, sequence, blocks, block]
-            centred = node("Sub", [values, constant(self._graph, f"{prefix}.zero_point", np.float32(128))])
-        else:
-            pairs = np.stack(np.divmod(np.arange(256, dtype=np.float32), 16)[::-1], axis=1) - 8  # low half, high half
-            indices = node("Cast", [integers], to=onnx_ir.DataType.INT32)
-            # [batch, sequence, blocks, block / 2, 2]
-            halves = node("Gather", [constant(self._graph, f"{prefix}.pairs", pairs), indices], ".pairs")
-            blocked = constant(self._graph, f"{prefix}.block_shape", np.array([0, 0, 0, -1], np.int64))
-            centred = node("Reshape", [halves, blocked], ".pairs")
-        axis = constant(self._graph, f"{prefix}.block_axis", np.array([3], np.int64))
-        scaled = node("Mul", [centred, node("Unsqueeze", [row_scales, axis])])
-        flat = constant(self._graph, f"{prefix}.row_shape", np.array([0, 0, -1], np.int64))
-        rows = node("Reshape", [scaled, flat])
-        if matrix.columns % matrix.block_size:
-            bounds = [
-                constant(self._graph, f"{prefix}.{name}", np.array([value], np.int64))
-                for name, value in (("start", 0), ("end", matrix.columns), ("axis", 2))
-            ]
-            rows = node("Slice", [rows, *bounds])
+    def shrink_positions(self, gather: Node) -> None:
+        """`Gather(weight [context, width], position_ids)`: look rows of float16 up."""
+        half = as_half(array_of(gather.inputs[0])) if self._recipe.float_bits == 16 else None
+        if half is None:
+            return
+        name = name_of(gather.inputs[0])
+        nodes = NewNodes(f"{name}.lookup")
+        table = constant(self._graph, f"{name}.half", half)
+        rows = nodes.value("Cast", [nodes.value("Gather", [table, gather.inputs[1]])], to=onnx_ir.DataType.FLOAT)
+        self._graph.insert_before(gather, nodes.nodes)
         replace_nodes(self._graph, [gather], gather.outputs[0], rows)
 
     def drop_unused(self) -> None:

@@ -48,7 +48,8 @@ def read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise OptionError(f"cannot read the text {path}: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise OptionError(f"cannot read the text {path}: {reason}") from error
     if not text.strip():
         raise OptionError(f"the text {path} is empty: give one of at least a few hundred words")
     return text

@@ -22,8 +22,7 @@ NAMES = ("int8-a", "int8-b", "int4-c")
 
 @pytest.fixture(scope="module")
 def recipes() -> list[Recipe]:
-    quick = replace(RECIPES["int8-block64"], centred=False)
-    return [replace(quick, name=name) for name in NAMES]
+    return [replace(RECIPES["int8-block64"], name=name) for name in NAMES]
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +203,7 @@ def test_options_that_contradict(arguments: list[str], said: str, capsys: pytest
 def test_the_command(
     tiny: Path, outputs: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    one = replace(RECIPES["int8-block64"], centred=False)
+    one = RECIPES["int8-block64"]
     monkeypatch.setattr("gpt2_edge.quantize.command.RECIPES", {one.name: one})
     arguments = ["quantize", str(tiny), "-o", str(outputs / "auto"), "--auto", "--report", "-"]
     assert main([*arguments, "--max-perplexity-increase", "50%"]) == 0

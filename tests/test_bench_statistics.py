@@ -1,6 +1,6 @@
 """Means, spreads, percentiles, ratios and verdicts, against values worked out by hand."""
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ from gpt2_edge.benchmarks.comparison import NO_DIFFERENCE, judge
 from gpt2_edge.benchmarks.perplexity import QualityTally, bench_windows
 from gpt2_edge.benchmarks.spread import Measurement, measurement, percentile, supported_ratio, two_digits
 from gpt2_edge.folder import open_folder
+from gpt2_edge.quantize.recipes import RECIPES
 
 
 def test_the_spread_is_the_sample_standard_deviation() -> None:
@@ -135,6 +136,17 @@ def test_bytes_touched_by_a_token_of_the_storyteller() -> None:
     assert manifest.recipe is not None
     twofold = replace(manifest, recipe={**manifest.recipe, "prompt": {"bits": 8}})
     assert bytes_touched_per_token(manifest, 0) - bytes_touched_per_token(twofold, 0) == 6 * 12 * 256 * 256
+
+
+def test_scales_that_are_stored_in_16_bits_are_read_in_32() -> None:
+    manifest = replace(open_folder("storyteller").manifest, recipe=asdict(RECIPES["int4"]))
+    stored = weights_bytes(manifest) - 2 * 512 * 256
+    # A scale for 32 of the weights of 6 layers and of half of the head, and for 64 of its other half.
+    scales = 6 * 12 * 256 * 256 / 32 + 8192 * 256 * (0.5 / 32 + 0.5 / 64)
+    assert bytes_touched_per_token(manifest, 0) == stored + 2 * scales
+    closer = replace(manifest, recipe=asdict(RECIPES["int4-close"]))
+    scales = 6 * (3 + 4) * 256 * 256 / 32 + 6 * (1 + 4) * 256 * 256 / 64 + 8192 * 256 * (0.25 / 32 + 0.75 / 64)
+    assert bytes_touched_per_token(closer, 0) == stored + 2 * scales
 
 
 def test_bandwidth_counts_the_bytes_that_were_read(monkeypatch: pytest.MonkeyPatch) -> None:

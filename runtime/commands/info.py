@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from gpt2_edge.version import VERSION
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `info`."""
-    parser.add_argument("folder", metavar="FOLDER", help="a model folder, or `storyteller`")
+    parser.add_argument("folder", metavar="FOLDER", help="a model folder or a pack, or `storyteller`")
     parser.add_argument("--json", action="store_true", help="print everything the manifest says, as JSON")
 
 
@@ -42,6 +43,7 @@ def _about_the_model(folder: ModelFolder) -> list[tuple[str, str]]:
         ("folder", str(folder.path)),
         ("made from", _source(manifest.source)),
         ("precision", manifest.precision + (f", recipe {manifest.recipe.get('name')}" if manifest.recipe else "")),
+        *_matrices(manifest.recipe),
         ("size", f"{manifest.size_bytes / 1e6:.1f} MB in {len(manifest.files)} files"),
         ("shape", f"{shape.layers} layers, {shape.heads} heads, width {shape.width}, {shape.activation}"),
         ("context", f"{shape.context_length} tokens, {_cache(manifest)}"),
@@ -75,6 +77,15 @@ def _here(folder: ModelFolder) -> dict[str, str]:
 def _source(source: Mapping[str, Any]) -> str:
     revision = source.get("revision")
     return str(source.get("name", "unknown")) + (f" at revision {revision}" if revision else "")
+
+
+def _matrices(recipe: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """Say how many matrices are stored in which way, if the manifest lists them."""
+    listed = None if recipe is None else recipe.get("matrices")
+    if not isinstance(listed, dict):
+        return []
+    counts = Counter(str(stored) for stored in listed.values())
+    return [("matrices", f"{count}: {stored}") for stored, count in counts.most_common()]
 
 
 def _cache(manifest: Manifest) -> str:
