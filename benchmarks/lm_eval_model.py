@@ -16,12 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
+from gpt2_edge.benchmarks.continuation_row import Continuation, ContinuationRow
 from gpt2_edge.errors import MissingDependencyError, OptionError, PromptError
-from gpt2_edge.generation import token_logprobs
 from gpt2_edge.model import Model, load
-from gpt2_edge.session import Logits
 
 try:
     from lm_eval.api.model import LM
@@ -84,16 +81,23 @@ class Gpt2EdgeLM(LM):  # type: ignore[misc]  # the harness is not typed
             PromptError: A continuation is longer than the model's context.
         """
         pairs = [self._encode_pair(*request.args) for request in requests]
+        # What has equal inputs is computed once: answers of one token to the same question, for instance.
+        continuations_of: dict[tuple[int, ...], list[Continuation]] = {}
+        for index, (inputs, tokens) in enumerate(pairs):
+            continuations_of.setdefault(tuple(inputs), []).append(Continuation(index, tokens))
+        # Inputs of similar lengths after each other are computed together.
+        order = sorted(continuations_of, key=len, reverse=True)
         results: dict[int, tuple[float, bool]] = {}
-        inputs_before, logits = None, np.empty((0, 0), np.float32)
-        # Sorted, what has equal inputs is computed once: answers of one token to the same question, for instance.
-        order = sorted(range(len(pairs)), key=lambda index: pairs[index])
-        for index in tqdm(order, desc="loglikelihood", disable=disable_tqdm):
-            inputs, continuation = pairs[index]
-            if inputs != inputs_before:
-                inputs_before, logits = inputs, self.model.logits(inputs)
-            results[index] = _score_last(logits, continuation)
-            self.cache_hook.add_partial("loglikelihood", requests[index].args, results[index])
+        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
+
+            def take(row: ContinuationRow) -> None:
+                for scored in row.continuations:
+                    index = scored.request
+                    results[index] = (scored.logprob, scored.is_greedy)
+                    self.cache_hook.add_partial("loglikelihood", requests[index].args, results[index])
+                    bar.update()
+
+            self.model._core.run_each((ContinuationRow(inputs, continuations_of[inputs]) for inputs in order), take)
         return [results[index] for index in range(len(pairs))]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -108,13 +112,32 @@ class Gpt2EdgeLM(LM):  # type: ignore[misc]  # the harness is not typed
         Returns:
             The log-probability of each text.
         """
-        results = []
-        for request in tqdm(requests, desc="loglikelihood_rolling", disable=disable_tqdm):
-            (text,) = request.args
-            windows = rolling_windows(self._prefix(), self.model.tokenize(text), self.model.context_length)
-            results.append(sum(_score_last(self.model.logits(inputs), scored)[0] for inputs, scored in windows))
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, results[-1])
-        return results
+        texts = [self.model.tokenize(*request.args) for request in requests]
+        totals = [0.0] * len(requests)
+        windows_left = [-(-len(tokens) // self.model.context_length) for tokens in texts]
+        rows = (
+            ContinuationRow(inputs, [Continuation(index, scored)])
+            for index in sorted(range(len(texts)), key=lambda index: len(texts[index]), reverse=True)
+            for inputs, scored in rolling_windows(self._prefix(), texts[index], self.model.context_length)
+        )
+        with tqdm(total=len(requests), desc="loglikelihood_rolling", disable=disable_tqdm) as bar:
+
+            def finish(index: int) -> None:
+                self.cache_hook.add_partial("loglikelihood_rolling", requests[index].args, totals[index])
+                bar.update()
+
+            def take(row: ContinuationRow) -> None:
+                (window,) = row.continuations
+                totals[window.request] += window.logprob
+                windows_left[window.request] -= 1
+                if not windows_left[window.request]:
+                    finish(window.request)
+
+            self.model._core.run_each(rows, take)
+            for index, tokens in enumerate(texts):
+                if not tokens:
+                    finish(index)
+        return totals
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continue contexts, greedily unless a task asks for drawing.
@@ -236,14 +259,6 @@ def _groups_of_equal_options(requests: Sequence[Any]) -> Iterator[list[int]]:
     for indices in groups.values():
         for first in range(0, len(indices), _PROMPTS_TOGETHER):
             yield indices[first : first + _PROMPTS_TOGETHER]
-
-
-def _score_last(logits: Logits, tokens: Sequence[int]) -> tuple[float, bool]:
-    """Return the log-probability of tokens after the last logits, and whether each is the likeliest."""
-    if not tokens:
-        return 0.0, True
-    last = logits[-len(tokens) :]
-    return float(token_logprobs(last, tokens).sum()), bool((last.argmax(axis=1) == tokens).all())
 
 
 def main() -> int:

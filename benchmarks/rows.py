@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 
-from gpt2_edge.engine import Row
+from gpt2_edge.row import Row
 from gpt2_edge.session import Logits
 
 

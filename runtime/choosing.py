@@ -137,7 +137,11 @@ class TokenChooser:
         if processor is None:
             return
         given = logits[:]  # a view, so that not even its shape can be changed for the steps that follow
-        returned = processor([*prompt, *continuation], given)
+        try:
+            returned = processor([*prompt, *continuation], given)
+        except StopIteration as error:
+            # It would end an iteration over a stream as if nothing were wrong, as it would in a generator (PEP 479).
+            raise RuntimeError("logits_processor raised StopIteration") from error
         if returned is not None and returned is not given:
             raise OptionError(
                 f"logits_processor returned {type(returned).__name__}: "

@@ -6,6 +6,7 @@ standard output, everything else to standard error. Exit status: 0 done, 1 the i
 """
 
 import argparse
+import difflib
 import os
 import sys
 import warnings
@@ -37,6 +38,7 @@ _COMMANDS: Final = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    _replace_closed_streams()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
@@ -52,8 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone, as `head` does, or the disk is full; nothing is left to be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
-            print(f"gpt2-edge: {error}", file=sys.stderr)
+            print(f"gpt2-edge: {_without_number(error)}", file=sys.stderr)
         return 1
+
+
+def _without_number(error: OSError) -> str:
+    """Return what an error of the system says, and about which file, without its number."""
+    if error.strerror is None:
+        return str(error)
+    return error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
 
 
 def _print_warning(message: Warning | str, *_: Any, **__: Any) -> None:
@@ -66,21 +75,34 @@ def _run(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="gpt2-edge",
         description="Run GPT-2 on a laptop, an edge box or inside a desktop app.",
-        epilog="FOLDER is a model folder, or `storyteller` for the bundled model.",
+        epilog="FOLDER is a model folder or a pack, or `storyteller` for the bundled model. "
+        "`gpt2-edge COMMAND --help` lists the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"gpt2-edge {VERSION}")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_IntermixedParser)
+    chosen_parser = parser
     for name, (module_name, summary) in _COMMANDS.items():
         subparser = subparsers.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
         if name == chosen:
             module = import_module(module_name)
             module.add_arguments(subparser)
             subparser.set_defaults(run=module.run)
-    parsed = parser.parse_args(arguments)
+            chosen_parser = subparser
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        chosen_parser.error(_what_is_unknown(chosen_parser, unknown[0]))
     _use_utf8_output()
     status: int = parsed.run(parsed)
     sys.stdout.flush()
     return status
+
+
+def _what_is_unknown(parser: argparse.ArgumentParser, argument: str) -> str:
+    if not argument.startswith("-"):
+        return f"{argument!r} is one argument too many: put a text or a path that has spaces in quotes"
+    name = argument.partition("=")[0]
+    close = difflib.get_close_matches(name, parser._option_string_actions, n=1)
+    return f"there is no option {name}" + (f": did you mean {close[0]}?" if close else "")
 
 
 class _IntermixedParser(argparse.ArgumentParser):
@@ -97,6 +119,13 @@ class _IntermixedParser(argparse.ArgumentParser):
             return self.parse_known_intermixed_args(args, namespace)
         finally:
             self._is_inside = False
+
+
+def _replace_closed_streams() -> None:
+    """Give what is printed somewhere to go where whoever started us has closed a stream, which then is None."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, encoding="utf-8"))
 
 
 def _use_utf8_output() -> None:

@@ -1,25 +1,31 @@
 """What the facade and its sessions share: the loaded parts of a model, and how prompts and options are checked."""
 
 import secrets
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from hashlib import blake2b
 from operator import index
-from typing import Final, SupportsIndex
+from typing import Final, SupportsIndex, TypeVar
 
 import numpy as np
 
-from gpt2_edge.engine import Engine, Row
+from gpt2_edge.engine import Engine
 from gpt2_edge.errors import ContextLengthError, OptionError, PromptError
 from gpt2_edge.generation import ModelFacts, NextTokenRow
 from gpt2_edge.manifest import Manifest
-from gpt2_edge.options import GenerationOptions, OptionKeywords, make_options
+from gpt2_edge.options import GenerationOptions, OptionKeywords, checked_integer, make_options, shown
+from gpt2_edge.prefill import PREFILL_CHUNK_TOKENS
 from gpt2_edge.results import NextToken
+from gpt2_edge.row import Row
 from gpt2_edge.sampling import keep
 from gpt2_edge.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
 
+RowType = TypeVar("RowType", bound=Row)
+
 _DRAWN_SEED_BITS: Final = 32
+_TOKENS_AHEAD: Final = 2 * PREFILL_CHUNK_TOKENS
 
 
 class ModelCore:
@@ -39,7 +45,7 @@ class ModelCore:
         self.facts = ModelFacts(manifest.architecture.context_length, manifest.end_of_text, tokenizer.token_bytes)
 
     def run(self, rows: Sequence[Row]) -> None:
-        """Compute rows until all are done.
+        """Compute rows until all are done, or one has failed.
 
         Raises:
             BaseException: The failure of the first row that failed.
@@ -48,12 +54,42 @@ class ModelCore:
         self.engine.join(unfinished)
         try:
             for row in unfinished:
-                self.engine.run_until(lambda row=row: row.done)  # type: ignore[misc]
+                self.engine.run_until(lambda row=row: row.done or any(map(_has_failed, unfinished)))  # type: ignore[misc]
         finally:
             self.engine.leave(unfinished)
         for row in unfinished:
             if row.failure is not None:
                 raise row.failure
+
+    def run_each(self, rows: Iterable[RowType], on_done: Callable[[RowType], object]) -> None:
+        """Compute rows that are done when their prompts are.
+
+        A few are brought ahead of their turn, as many as two runs compute: so rows of similar lengths that follow each
+        other are computed together, and other callers need not wait for all of them.
+
+        Args:
+            rows: Taken as they are needed.
+            on_done: Called with each row in its turn, when it is done.
+
+        Raises:
+            BaseException: The failure of a row, in its turn.
+        """
+        coming = iter(rows)
+        ahead: deque[RowType] = deque()
+        try:
+            while True:
+                while sum(len(row.tokens) for row in ahead) < _TOKENS_AHEAD and (row := next(coming, None)) is not None:
+                    ahead.append(row)
+                    self.engine.join([row])
+                if not ahead:
+                    return
+                self.engine.run_until(lambda: ahead[0].done)
+                row = ahead.popleft()
+                if row.failure is not None:
+                    raise row.failure
+                on_done(row)
+        finally:
+            self.engine.leave(ahead)
 
     def options(self, keywords: OptionKeywords) -> GenerationOptions:
         """Return validated options, whose token ids this model has.
@@ -66,7 +102,9 @@ class ModelCore:
         for name in ("logit_bias", "banned_tokens", "stop_tokens"):
             for token in getattr(options, name):
                 if token >= vocabulary_size:
-                    raise OptionError(f"{name} has token {token}: this model has tokens 0 to {vocabulary_size - 1}")
+                    raise OptionError(
+                        f"{name} has token {shown(token)}: this model has tokens 0 to {vocabulary_size - 1}"
+                    )
         return options
 
     def tokens(self, text: Prompt) -> list[int]:
@@ -87,7 +125,7 @@ class ModelCore:
 
     def _checked_token(self, token: object) -> int:
         vocabulary_size = self.manifest.architecture.vocabulary_size
-        error = PromptError(f"token {_shortened(token)}: this model has tokens 0 to {vocabulary_size - 1}")
+        error = PromptError(f"token {shown(token)}: this model has tokens 0 to {vocabulary_size - 1}")
         # numpy's integers are integers too, but a float is not, and neither is a truth value.
         if isinstance(token, bool) or not isinstance(token, SupportsIndex):
             raise error
@@ -120,8 +158,7 @@ class ModelCore:
             OptionError: k is not allowed.
         """
         vocabulary_size = self.manifest.architecture.vocabulary_size
-        if not isinstance(k, int) or isinstance(k, bool) or not 1 <= k <= vocabulary_size:
-            raise OptionError(f"k is {k!r}: give an integer from 1 to {vocabulary_size}")
+        k = checked_integer("k", k, 1, vocabulary_size)
         self.run([row])
         _, weights = keep(row.logits, temperature=1.0)
         probabilities = weights / weights.sum(dtype=np.float64)
@@ -140,6 +177,10 @@ class ModelCore:
             raise ContextLengthError(len(tokens), self.facts.context_length)
 
 
+def _has_failed(row: Row) -> bool:
+    return row.failure is not None
+
+
 def row_seeds(seed: int | None, rows: int) -> list[int]:
     """Return a seed for each row: the first is the given one, or a new one; the others are derived from it."""
     first = secrets.randbits(_DRAWN_SEED_BITS) if seed is None else seed
@@ -152,9 +193,4 @@ def _derived_seed(seed: int, row: int) -> int:
 
 
 def _describe(value: object) -> str:
-    return f"{type(value).__name__} {_shortened(value)}"
-
-
-def _shortened(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{type(value).__name__} {shown(value)}"

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from gpt2_edge.engine import Row
 from gpt2_edge.model import Model
+from gpt2_edge.row import Row
 from gpt2_edge.session import Logits
 
 

@@ -48,6 +48,9 @@ class ContextLengthError(PromptError):
         self.tokens = tokens
         self.context_length = context_length
 
+    def __reduce__(self) -> tuple[type["ContextLengthError"], tuple[int, int]]:
+        return type(self), (self.tokens, self.context_length)  # as processes send it to each other
+
 
 class ModelFolderError(Gpt2EdgeError):
     """A model folder is missing, damaged, or not made for this version."""

@@ -138,8 +138,8 @@ def _open(folder: str | Path) -> ModelFolder:
     path = _bundled_path(folder) if isinstance(folder, str) and folder in BUNDLED_MODELS else Path(folder)
     if not path.exists():
         raise ModelFolderError(
-            f"{path} does not exist: give the path of a model folder, or {' or '.join(BUNDLED_MODELS)} "
-            "for a bundled model"
+            f"{path} does not exist: give the path of a model folder or a pack, or {' or '.join(BUNDLED_MODELS)} "
+            "for the bundled model"
         )
     if path.is_file():
         return _open_pack(path)
@@ -162,7 +162,7 @@ def _open(folder: str | Path) -> ModelFolder:
 def _open_pack(path: Path) -> ModelFolder:
     file = OpenFile(path)
     if not is_pack(file):
-        raise ModelFolderError(f"{path} is a file: give the model folder that it lies in")
+        raise ModelFolderError(_say_what_file_it_is(path))
     pack = read_pack(file)
     manifest = _parse(pack.manifest_bytes, path / MANIFEST_NAME)
     contents = pack.contents(manifest)
@@ -249,6 +249,17 @@ def _say_what_it_is_instead(path: Path) -> str:
             return f"{path} has its graphs in {path / 'onnx'}: copy one of them beside config.json, with its weights"
         return f"{path} is a checkpoint, not a model folder: make one with `gpt2-edge export {path} -o FOLDER`"
     return f"{path} is not a model folder: it has no {MANIFEST_NAME}"
+
+
+def _say_what_file_it_is(path: Path) -> str:
+    match path.suffix.lower():
+        case ".gguf":
+            return f"{path} is in the format of llama.cpp: export the checkpoint that it was made from"
+        case ".safetensors" | ".bin":
+            return (
+                f"{path} has the weights of a checkpoint: export its folder, `gpt2-edge export {path.parent} -o FOLDER`"
+            )
+    return f"{path} is a file: give the model folder that it lies in"
 
 
 def _bundled_path(name: str) -> Path:

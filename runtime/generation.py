@@ -10,14 +10,15 @@ import numpy as np
 import numpy.typing as npt
 
 from gpt2_edge.choosing import Choice, TokenChooser
-from gpt2_edge.engine import Row
 from gpt2_edge.errors import LogitsError
 from gpt2_edge.options import GenerationOptions
 from gpt2_edge.results import FinishReason, Generation, Piece, Timings, TokenLogprobs
+from gpt2_edge.row import Row
 from gpt2_edge.session import Logits
 from gpt2_edge.text import TextAssembler
 
 _NO_POSITIONS: Final = range(0)
+_POSITIONS_AT_ONCE: Final = 4  # whose logits stay in the processor's cache while they are worked on
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,10 +265,19 @@ def token_logprobs(logits: Logits, tokens: Sequence[int]) -> npt.NDArray[np.floa
     Raises:
         LogitsError: A logit is NaN or +inf, or a row is all -inf.
     """
+    logprobs = np.empty(len(logits))
+    for first in range(0, len(logits), _POSITIONS_AT_ONCE):
+        some = slice(first, first + _POSITIONS_AT_ONCE)
+        logprobs[some] = _token_logprobs(logits[some], tokens[some])
+    return logprobs
+
+
+def _token_logprobs(logits: Logits, tokens: Sequence[int]) -> npt.NDArray[np.float64]:
     largest = logits.max(axis=1, keepdims=True)
     if not np.isfinite(largest).all():
         raise LogitsError("the model computed logits that are NaN or infinite: check it with `gpt2-edge verify`")
-    total = np.exp(logits - largest).sum(axis=1, dtype=np.float64)
+    shifted = logits - largest
+    total = np.exp(shifted, out=shifted).sum(axis=1, dtype=np.float64)
     chosen = logits[np.arange(len(logits)), tokens].astype(np.float64)
     logprobs: npt.NDArray[np.float64] = chosen - largest[:, 0].astype(np.float64) - np.log(total)
     return logprobs

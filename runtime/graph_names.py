@@ -1,4 +1,10 @@
-"""The names of a fused graph's cache inputs and outputs, which those who write graphs and who run them share."""
+"""What those who write fused graphs and those who run them must agree on, beside the manifest."""
+
+from typing import Final
+
+# The initializer of a graph with two branches that says up to how many new tokens of a row are computed in the one for
+# a few.
+MOST_FEW_TOKENS: Final = "branches.most_few_tokens"
 
 
 def key_value_names(layers: int) -> tuple[list[str], list[str]]:

@@ -1,12 +1,14 @@
 """The facade: load a model folder, generate, stream, look at the next token, score."""
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, Unpack, cast, overload
 
 import numpy as np
 
+from gpt2_edge.async_threads import AsyncThreads
 from gpt2_edge.checked_loading import VerifyHashes, checked
 from gpt2_edge.core import ModelCore, Prompt, row_seeds
 from gpt2_edge.device import Device, open_session, parse_device
@@ -15,7 +17,7 @@ from gpt2_edge.errors import OptionError, PromptError
 from gpt2_edge.folder import TOKENIZER_NAME, open_folder
 from gpt2_edge.generation import GenerationRow, LogitsRow, NextTokenRow
 from gpt2_edge.manifest import Manifest
-from gpt2_edge.options import GenerationOptions, OptionKeywords
+from gpt2_edge.options import GenerationOptions, OptionKeywords, checked_integer
 from gpt2_edge.results import Generation, NextToken, Piece, Score
 from gpt2_edge.scoring import score_texts
 from gpt2_edge.session import Logits
@@ -64,10 +66,7 @@ def load(
         MachineError: This machine does not compute what the folder should.
     """
     parse_device(device)
-    if threads is None:
-        threads = usable_cores()
-    elif not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= _MAXIMUM_THREADS:
-        raise OptionError(f"threads is {threads!r}: give an integer from 1 to {_MAXIMUM_THREADS}")
+    threads = usable_cores() if threads is None else checked_integer("threads", threads, 1, _MAXIMUM_THREADS)
     if str(folder).startswith("~"):
         folder = _at_home(folder)
     if is_unsealed(folder):
@@ -122,6 +121,7 @@ class Model:
         self.threads = threads
         self._core = core
         self._loaded_with = loaded_with
+        self._async_threads = AsyncThreads()
 
     @property
     def context_length(self) -> int:
@@ -209,12 +209,11 @@ class Model:
 
         Cancelling the task stops the generation.
         """
-        import asyncio  # here, because most programs have no use for it
-
         _check_single(prompt, "agenerate continues one prompt: gather one call for each")
-        (row,) = self._generation_rows(prompt, None, options)
+        self._core.engine.check_usable()
+        (row,) = await self._async_threads.run(self._generation_rows, prompt, None, options)
         try:
-            await asyncio.to_thread(self._core.run, [row])
+            await self._async_threads.run(self._core.run, [row])
         finally:
             self._core.engine.leave([row])
         return row.result()
@@ -224,10 +223,9 @@ class Model:
 
         Cancelling the task, or leaving the loop and closing the iterator, stops the generation.
         """
-        import asyncio
-
-        with self.stream(prompt, **options) as stream:
-            while (piece := await asyncio.to_thread(next, stream, None)) is not None:
+        self._core.engine.check_usable()
+        with await self._async_threads.run(partial(self.stream, prompt, **options)) as stream:
+            while (piece := await self._async_threads.run(next, stream, None)) is not None:
                 yield piece
 
     def next_tokens(self, prompt: Prompt, k: int = 10) -> list[NextToken]:
@@ -338,8 +336,8 @@ class Model:
         row_keywords: Sequence[OptionKeywords] | None = None,
     ) -> list[GenerationRow]:
         options = self._core.options(keywords)
-        if n is not None and (not isinstance(n, int) or isinstance(n, bool) or n < 1):
-            raise OptionError(f"n is {n!r}: give an integer, 1 or more")
+        if n is not None:
+            n = checked_integer("n", n, 1, None)
         prompts = _list_of_prompts(prompt)
         if n is not None and prompts is not None:
             raise OptionError("n is for one prompt: repeat the prompts in the list instead")
@@ -351,8 +349,11 @@ class Model:
         each_options = [options] * len(token_lists)
         if row_keywords is not None:
             each_options = self._options_of_rows(keywords, row_keywords, len(token_lists))
-            given = [row.get("seed") for row in row_keywords]
-            seeds = [derived if own is None else own for derived, own in zip(seeds, given, strict=True)]
+            has_own = [row.get("seed") is not None for row in row_keywords]
+            seeds = [
+                row_options.seed if own and row_options.seed is not None else derived
+                for derived, own, row_options in zip(seeds, has_own, each_options, strict=True)
+            ]
         return [
             GenerationRow(tokens, row_options, seed, self._core.facts)
             for tokens, row_options, seed in zip(token_lists, each_options, seeds, strict=True)

@@ -8,6 +8,8 @@ __all__ = ["onnxruntime", "telemetry"]
 try:
     import onnxruntime
 except ImportError as error:
+    if isinstance(error.__cause__, KeyboardInterrupt):  # its C++ code makes another error of it
+        raise error.__cause__ from None
     raise MissingDependencyError(
         "ONNX Runtime is not installed: run pip install 'gpt2-edge[cpu]', or 'gpt2-edge[cuda]' for an NVIDIA GPU "
         f"(not both: they break each other). Python said: {error}"

@@ -6,14 +6,15 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
-from typing import Any, Literal, TypedDict
+from typing import Any, Final, Literal, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 
 from gpt2_edge.errors import OptionError
 
-MAXIMUM_SEED = 2**64 - 1
+MAXIMUM_SEED: Final = 2**64 - 1
+_LONGEST_SHOWN: Final = 60  # characters of a value in a message
 
 # Sees the prompt's and the continuation's tokens so far, and changes the logits, shape [vocabulary], in place.
 LogitsProcessor = Callable[[Sequence[int], npt.NDArray[np.float32]], None]
@@ -112,22 +113,22 @@ class GenerationOptions:
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", "keep_tokens"):
-            _check_integer(name, getattr(self, name), 0, None)
+            self._keep(name, checked_integer(name, getattr(self, name), 0, None))
         for name in ("top_k", "logprobs"):
             if getattr(self, name) is not None:
-                _check_integer(name, getattr(self, name), 0, None)
+                self._keep(name, checked_integer(name, getattr(self, name), 0, None))
         if self.temperature is not None:
-            _check_number("temperature", self.temperature, 0.0, math.inf, "0 (greedy) or any number above it")
+            self._keep_number("temperature", 0.0, math.inf, "0 (greedy) or any number above it")
         for name in ("top_p", "min_p", "typical_p"):
             if getattr(self, name) is not None:
-                _check_number(name, getattr(self, name), 0.0, 1.0, "a number from 0 to 1")
-        _check_number("repetition_penalty", self.repetition_penalty, 1e-6, 1e6, "a number above 0; 1 is off")
+                self._keep_number(name, 0.0, 1.0, "a number from 0 to 1")
+        self._keep_number("repetition_penalty", 1e-6, 1e6, "a number above 0; 1 is off")
         for name in ("presence_penalty", "frequency_penalty"):
-            _check_number(name, getattr(self, name), -math.inf, math.inf, "a number; 0 is off")
+            self._keep_number(name, -math.inf, math.inf, "a number; 0 is off")
         if self.deadline_seconds is not None:
-            _check_number("deadline_seconds", self.deadline_seconds, 0.0, math.inf, "seconds, 0 or more")
+            self._keep_number("deadline_seconds", 0.0, math.inf, "seconds, 0 or more")
         if self.seed is not None:
-            _check_integer("seed", self.seed, 0, MAXIMUM_SEED)
+            self._keep("seed", checked_integer("seed", self.seed, 0, MAXIMUM_SEED))
         if not isinstance(self.ignore_eos, bool):
             raise OptionError(f"ignore_eos is {self.ignore_eos!r}: give True or False")
         if self.overflow not in ("stop", "slide"):
@@ -136,20 +137,23 @@ class GenerationOptions:
             raise OptionError(f"logits_processor is {self.logits_processor!r}: give a function of tokens and logits")
         if self.cancel is not None and not isinstance(self.cancel, threading.Event):
             raise OptionError(f"cancel is {self.cancel!r}: give a threading.Event")
-        for name in ("max_new_tokens", "min_new_tokens", "no_repeat_ngram_size", "keep_tokens", "seed"):
-            if getattr(self, name) is not None:  # numpy's integers are taken too, and do not become JSON
-                object.__setattr__(self, name, int(getattr(self, name)))
         # Kept as what cannot be changed any more.
-        object.__setattr__(self, "stop", _texts("stop", self.stop))
+        self._keep("stop", _texts("stop", self.stop))
         for name in ("banned_tokens", "stop_tokens"):
-            object.__setattr__(self, name, _token_ids(name, getattr(self, name)))
-        object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
+            self._keep(name, _token_ids(name, getattr(self, name)))
+        self._keep("logit_bias", _biases(self.logit_bias))
+
+    def _keep_number(self, name: str, minimum: float, maximum: float, allowed: str) -> None:
+        self._keep(name, _checked_number(name, getattr(self, name), minimum, maximum, allowed))
+
+    def _keep(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
     @property
     def effective_temperature(self) -> float:
         """The temperature that is used: see `temperature`."""
         if self.temperature is not None:
-            return float(self.temperature)
+            return self.temperature
         narrows = self.top_k or any(value is not None for value in (self.top_p, self.min_p, self.typical_p))
         return 1.0 if narrows else 0.0
 
@@ -169,41 +173,71 @@ def make_options(keywords: OptionKeywords) -> GenerationOptions:
     return GenerationOptions(**keywords)
 
 
-def _check_integer(name: str, value: Any, minimum: int, maximum: int | None) -> None:
+def checked_integer(name: str, value: Any, minimum: int, maximum: int | None) -> int:
+    """Return an integer, also one of numpy's, as one of Python's: which neither overflows nor fails to become JSON.
+
+    Args:
+        name: Of the option.
+        value: What was given for it.
+        minimum: The smallest that is allowed.
+        maximum: The largest; None if there is none.
+
+    Raises:
+        OptionError: It is no integer, or not allowed.
+    """
     allowed = f"an integer, {minimum} or more" if maximum is None else f"an integer from {minimum} to {maximum}"
     # bool is an int in Python, and True tokens is surely a mistake
     if not isinstance(value, Integral) or isinstance(value, bool):
-        raise OptionError(f"{name} is {value!r}: give {allowed}")
+        raise OptionError(f"{name} is {shown(value)}: give {allowed}")
     number = int(value)
     if number < minimum or (maximum is not None and number > maximum):
-        raise OptionError(f"{name} is {value}: give {allowed}")
+        raise OptionError(f"{name} is {shown(number)}: give {allowed}")
+    return number
 
 
-def _check_number(name: str, value: Any, minimum: float, maximum: float, allowed: str) -> None:
+def shown(value: object) -> str:
+    """Return a value as a message shows it, on one line that is not too long."""
+    try:
+        text = repr(value.item() if isinstance(value, np.generic) else value)
+    except ValueError:  # Python does not write integers of thousands of digits
+        return f"{type(value).__name__} of too many digits"
+    return text if len(text) <= _LONGEST_SHOWN else text[: _LONGEST_SHOWN - 3] + "..."
+
+
+def _checked_number(name: str, value: Any, minimum: float, maximum: float, allowed: str) -> float:
     if not isinstance(value, Real) or isinstance(value, bool):
-        raise OptionError(f"{name} is {value!r}: give {allowed}")
+        raise OptionError(f"{name} is {shown(value)}: give {allowed}")
     try:
         number = float(value)
     except OverflowError:  # an integer can be too large for a float
         number = math.inf
     if not (minimum <= number <= maximum and math.isfinite(number)):
-        raise OptionError(f"{name} is {value}: give {allowed}")
+        raise OptionError(f"{name} is {shown(value)}: give {allowed}")
+    return number
 
 
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else _elements(value)
     if texts is None or not all(isinstance(text, str) and text for text in texts):
         raise OptionError(f"{name} is {value!r}: give a text or a list of texts, none of them empty")
+    if not all(map(_is_unicode, texts)):
+        raise OptionError(f"{name} is {value!r}, which no text has in it: give valid Unicode, without a lone surrogate")
     return tuple(map(str, texts))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:
     tokens = _elements(value)
     if tokens is None:
         raise OptionError(f"{name} is {value!r}: give a list of token ids")
-    for token in tokens:
-        _check_integer(name, token, 0, None)
-    return tuple(map(int, tokens))
+    return tuple(checked_integer(name, token, 0, None) for token in tokens)
 
 
 def _elements(value: Any) -> list[Any] | None:
@@ -218,7 +252,10 @@ def _elements(value: Any) -> list[Any] | None:
 def _biases(value: Any) -> dict[int, float]:
     if not isinstance(value, Mapping):
         raise OptionError(f"logit_bias is {value!r}: give a mapping from token ids to numbers")
-    for token, bias in value.items():
-        _check_integer("a token of logit_bias", token, 0, None)
-        _check_number("a number of logit_bias", bias, -math.inf, math.inf, "a finite number; banned_tokens forbids")
-    return dict(value)
+    allowed = "a finite number; banned_tokens forbids"
+    return {
+        checked_integer("a token of logit_bias", token, 0, None): _checked_number(
+            "a number of logit_bias", bias, -math.inf, math.inf, allowed
+        )
+        for token, bias in value.items()
+    }

@@ -3,7 +3,8 @@
 What a row chooses must not depend on what ran before it, down to the last bit. Keys and values from decode steps, or
 from a prefill that was divided elsewhere, differ in the last bits: a run of one token, for instance, takes other
 kernels than a run of two. So only what would be computed by the very same runs is taken over: whole chunks of a
-prefill from the first token on, or all of a prompt that is the same to the end, with the logits after it.
+prefill from the first token on, or all of a prompt that is the same to the end, with the logits after it. Prompts that
+were computed together count as well: see `StepSession.batch_class`.
 """
 
 from collections.abc import Sequence
@@ -11,6 +12,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from gpt2_edge.session import Logits
+
+
+def is_last(wanted: range, tokens: Sequence[int]) -> bool:
+    """Tell whether logits are wanted after the last of some tokens and no other: these are kept."""
+    return wanted == range(len(tokens) - 1, len(tokens))
 
 
 class Reuse(NamedTuple):
@@ -55,7 +61,7 @@ class PromptReuse:
         found = Reuse(slot, 0)
         for place in sorted(self._prompts, key=lambda place: place != slot):
             prompt = self._prompts[place]
-            if prompt.logits is not None and wanted == range(len(tokens) - 1, len(tokens)) and prompt.tokens == tokens:
+            if prompt.logits is not None and is_last(wanted, tokens) and prompt.tokens == tokens:
                 return Reuse(place, len(tokens), prompt.logits)
             common = self._common_chunks(prompt.tokens, tokens, wanted.start if wanted else len(tokens) - 1)
             if common > found.tokens:

@@ -4,10 +4,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gpt2_edge.core import ModelCore, Prompt
-from gpt2_edge.engine import Row
-from gpt2_edge.errors import OptionError, PromptError
+from gpt2_edge.errors import ContextLengthError, OptionError, PromptError
 from gpt2_edge.generation import token_logprobs
 from gpt2_edge.results import Score
+from gpt2_edge.row import Row
 from gpt2_edge.session import Logits
 
 
@@ -58,6 +58,21 @@ def check_stride(stride: int | None, context_length: int) -> int:
     return stride
 
 
+def check_scorable(tokens: Sequence[int], context_length: int, name: str = "the text") -> None:
+    """Refuse a text that cannot be scored.
+
+    Raises:
+        PromptError: It has fewer than two tokens, or the model cannot see two at once.
+    """
+    if len(tokens) < 2:
+        raise PromptError(
+            f"{name} has {len(tokens)} token{'' if len(tokens) == 1 else 's'}: "
+            "a score needs at least 2, since the first has nothing before it"
+        )
+    if context_length < 2:
+        raise ContextLengthError(len(tokens), context_length)
+
+
 def score_texts(
     core: ModelCore,
     texts: Sequence[Prompt],
@@ -78,30 +93,26 @@ def score_texts(
     """
     stride = check_stride(stride, core.facts.context_length)
     scores = [Score(tokens, []) for tokens in _token_lists(core, texts)]
-    rows = (
-        _WindowRow(score, window)
-        for score in scores
-        for window in windows_of(len(score.tokens), core.facts.context_length, stride)
-    )
-    # One after another: the engine prefills rows one by one anyway, and would make room for those that wait.
-    for row in rows:
-        core.run([row])
+
+    def take(row: _WindowRow) -> None:
         row.score.logprobs.extend(row.logprobs)
         on_scored(len(row.logprobs))
+
+    # Sorted, so that short texts of similar lengths are computed together.
+    rows = (
+        _WindowRow(score, window)
+        for score in sorted(scores, key=lambda score: len(score.tokens), reverse=True)
+        for window in windows_of(len(score.tokens), core.facts.context_length, stride)
+    )
+    core.run_each(rows, take)
     return scores
 
 
 def _token_lists(core: ModelCore, texts: Sequence[Prompt]) -> list[list[int]]:
     token_lists = [core.tokens(text) for text in texts]
     for index, tokens in enumerate(token_lists):
-        if len(tokens) < 2:
-            name = "the text" if len(texts) == 1 else f"text {index} of the list"
-            raise PromptError(
-                f"{name} has {len(tokens)} token{'' if len(tokens) == 1 else 's'}: "
-                "a score needs at least 2, since the first has nothing before it"
-            )
-        if core.facts.context_length < 2:
-            core.check_length(tokens)  # no window could show the model a token and the one before it
+        name = "the text" if len(texts) == 1 else f"text {index} of the list"
+        check_scorable(tokens, core.facts.context_length, name)
     return token_lists
 
 

@@ -3,17 +3,19 @@
 Knows the graph's inputs and outputs, threads and bindings; knows nothing about text, sampling or who asks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from gpt2_edge.attention_path import whole_matrix_attention
+from gpt2_edge.batch_rule import BatchRule, batch_rule
 from gpt2_edge.errors import ModelFolderError
 from gpt2_edge.folder import ModelFolder
 from gpt2_edge.free_memory import free_memory_bytes
 from gpt2_edge.graph_names import key_value_names
+from gpt2_edge.graph_reader import Graph
 from gpt2_edge.graph_session import open_graph
 from gpt2_edge.kv_cache import KVCache, SequenceCache
 from gpt2_edge.onnxruntime_import import onnxruntime
@@ -58,7 +60,7 @@ class StepSession:
         self.architecture = folder.manifest.architecture
         self._cache_type = _CACHE_TYPES[folder.manifest.cache_precision].numpy
         self.threads = threads
-        self._session = create_session(folder, threads)
+        self._session = create_session(folder, threads, self._inspect)
         check_signature(folder, self._session)
         self._key_value_inputs, self._key_value_outputs = key_value_names(self.architecture.layers)
         try:
@@ -71,6 +73,7 @@ class StepSession:
         self.most_slots = rows_that_fit(self._cache.bytes_of_a_slot, free_memory_bytes())
         self._decode_steps: dict[int, _DecodeStep] = {}
         self._prefill_bindings: dict[int, Any] = {}
+        self._gives_same_bits: dict[int, bool] = {}  # by the class of prompts of a batch
         self._prefill_options = onnxruntime.RunOptions()
 
     @property
@@ -110,16 +113,45 @@ class StepSession:
         Returns:
             Logits, shape [len(logit_positions), vocabulary].
         """
-        logits = np.empty((logit_positions.size, self.architecture.vocabulary_size), np.float32)
         binding = self._prefill_bindings.get(slot)
         if binding is None:
-            binding = self._prefill_bindings[slot] = self._bind_cache(slot, 1)
-        for name, value in prefill_inputs(tokens, start, logit_positions).items():
-            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
-        binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
-        self._prefill_options = onnxruntime.RunOptions()
-        self._run(binding, self._prefill_options)
-        return logits
+            binding = self._prefill_bindings[slot] = self._bind_cache(self._cache, slot, 1)
+        return self._run_prefill(binding, prefill_inputs(tokens, start, logit_positions))
+
+    def batch_class(self, tokens: int) -> int | None:
+        """Return a number that prompts have in common which may be computed in one run; None: one is computed alone.
+
+        Whether a row gets the bits that it gets alone depends on the kernels that ONNX Runtime has for this processor.
+        So it is tried out, once for each class.
+
+        Args:
+            tokens: Of the prompt.
+        """
+        found = self._batch_rule.batch_class(tokens)
+        if found is None:
+            return None
+        if found not in self._gives_same_bits:
+            self._gives_same_bits[found] = self._try_batch(self._batch_rule.example_lengths(found))
+        return found if self._gives_same_bits[found] else None
+
+    def prefill_batch(
+        self, first_slot: int, prompts: Sequence[Sequence[int]], logit_positions: Sequence[npt.NDArray[np.int64]]
+    ) -> Logits:
+        """Compute several whole prompts, each into a slot of its own.
+
+        What a slot holds after its prompt, up to the length of the longest, is overwritten by padding.
+
+        Args:
+            first_slot: Where the first lives; the others follow.
+            prompts: Token ids, all of prompts of one `batch_class`.
+            logit_positions: For each prompt, indices of its tokens after which logits are wanted; may be empty.
+
+        Returns:
+            Logits, shape [wanted positions of all prompts, vocabulary].
+        """
+        # The binding is not kept: each of many would keep its logits too.
+        binding = self._bind_cache(self._cache, first_slot, len(prompts))
+        return self._run_prefill(binding, prefill_batch_inputs(prompts, logit_positions))
 
     def decode(self, tokens: Sequence[int], lengths: Sequence[int]) -> Logits:
         """Compute one more token for each of the first slots.
@@ -134,7 +166,7 @@ class StepSession:
         step = self._decode_steps.get(len(tokens))
         if step is None:
             step = self._decode_steps[len(tokens)] = _DecodeStep(
-                self._bind_cache(0, len(tokens)), len(tokens), self.architecture.vocabulary_size
+                self._bind_cache(self._cache, 0, len(tokens)), len(tokens), self.architecture.vocabulary_size
             )
         step.write(tokens, lengths)
         self._run(step.binding)
@@ -162,10 +194,44 @@ class StepSession:
         self._prefill_bindings.clear()
         del self._session, self._cache
 
+    def _try_batch(self, lengths: Sequence[int]) -> bool:
+        """Compute made-up prompts together, and the first two alone: tell whether they get the same bits."""
+        context_length, vocabulary_size = self.architecture.context_length, self.architecture.vocabulary_size
+        prompts = [[7919 * token % vocabulary_size for token in range(min(each, context_length))] for each in lengths]
+        last = [np.array([len(prompt) - 1]) for prompt in prompts]
+        try:
+            cache = KVCache(self.architecture, len(prompts) + 1, self._cache_type)
+            binding = self._bind_cache(cache, 0, len(prompts))
+            together = self._run_prefill(binding, prefill_batch_inputs(prompts, last))
+            binding = self._bind_cache(cache, len(prompts), 1)
+            for row in range(2):
+                alone = self._run_prefill(binding, prefill_inputs(prompts[row], 0, last[row]))
+                in_batch, by_itself = (cache.save(slot, len(prompts[row])) for slot in (row, len(prompts)))
+                same = map(np.array_equal, in_batch.arrays, by_itself.arrays)
+                if not (np.array_equal(together[row : row + 1], alone) and all(same)):
+                    return False
+        except (MemoryError, ModelFolderError):
+            return False  # one by one they may succeed
+        return True
+
+    def _run_prefill(self, binding: Any, inputs: Mapping[str, npt.NDArray[Any]]) -> Logits:
+        logits = np.empty((inputs["logit_positions"].size, self.architecture.vocabulary_size), np.float32)
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(value))
+        binding.bind_ortvalue_output("logits", onnxruntime.OrtValue.ortvalue_from_numpy(logits))
+        self._prefill_options = onnxruntime.RunOptions()
+        self._run(binding, self._prefill_options)
+        return logits
+
+    def _inspect(self, graph: Graph) -> None:
+        self._batch_rule: BatchRule = batch_rule(graph)
+
     def _run(self, binding: Any, options: Any = None) -> None:
         try:
             self._session.run_with_iobinding(binding, options)
-        except Exception as error:  # ONNX Runtime has no errors of its own
+        except Exception as error:
+            if not is_of_onnxruntime(error):
+                raise
             raise ModelFolderError(f"ONNX Runtime cannot compute the graph: {first_line(error)}") from error
 
     def _replace_cache(self, slots: int, lengths: Mapping[int, int]) -> None:
@@ -175,10 +241,10 @@ class StepSession:
         self._prefill_bindings.clear()
         self._cache = cache
 
-    def _bind_cache(self, first_slot: int, slots: int) -> Any:
+    def _bind_cache(self, cache: KVCache, first_slot: int, slots: int) -> Any:
         """Bind the same memory as past and as present, which makes the attention kernel update it in place."""
         binding = self._session.io_binding()
-        views = self._cache.views(first_slot, slots)
+        views = cache.views(first_slot, slots)
         for name, value in zip(self._key_value_inputs, views, strict=True):
             binding.bind_ortvalue_input(name, value)
         for name, value in zip(self._key_value_outputs, views, strict=True):
@@ -197,6 +263,24 @@ def prefill_inputs(
         "seqlens_k": np.array([start + count - 1], np.int32),
         "total_sequence_length": np.array(start + count, np.int32),
         "logit_positions": logit_positions,
+    }
+
+
+def prefill_batch_inputs(
+    prompts: Sequence[Sequence[int]], logit_positions: Sequence[npt.NDArray[np.int64]]
+) -> dict[str, npt.NDArray[Any]]:
+    """Return what `StepSession.prefill_batch` gives the graph beside the cache: prompts padded at their ends."""
+    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
+    longest = int(lengths.max())
+    input_ids = np.zeros((len(prompts), longest), np.int64)
+    for row, prompt in zip(input_ids, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return {
+        "input_ids": input_ids,
+        "position_ids": np.tile(np.arange(longest, dtype=np.int64), (len(prompts), 1)),
+        "seqlens_k": lengths - 1,
+        "total_sequence_length": np.array(longest, np.int32),
+        "logit_positions": np.concatenate([row * longest + positions for row, positions in enumerate(logit_positions)]),
     }
 
 
@@ -235,8 +319,13 @@ class _DecodeStep:
         self._longest_view[0] = max(lengths) + 1
 
 
-def create_session(folder: ModelFolder, threads: int) -> Any:
+def create_session(folder: ModelFolder, threads: int, inspect: Callable[[Graph], object] = lambda graph: None) -> Any:
     """Give a folder's graph to ONNX Runtime, on the CPU.
+
+    Args:
+        folder: An opened model folder.
+        threads: Threads that compute a step, the calling one among them.
+        inspect: Called with the graph.
 
     Raises:
         ModelFolderError: It cannot load it.
@@ -259,11 +348,17 @@ def create_session(folder: ModelFolder, threads: int) -> Any:
                 providers=["CPUExecutionProvider"],
                 # The fused kernel is several times slower on CPUs than the two operators it replaces.
                 disabled_optimizers=["SkipLayerNormFusion"],
+                inspect=inspect,
             )
     except ModelFolderError:
         raise
     except Exception as error:
         raise ModelFolderError(f"ONNX Runtime cannot load {folder.graph_path}: {first_line(error)}") from error
+
+
+def is_of_onnxruntime(error: Exception) -> bool:
+    """Tell whether ONNX Runtime or its C++ raised an error; what a signal's handler raises comes from a run too."""
+    return type(error).__module__.startswith("onnxruntime") or type(error) in (RuntimeError, ValueError, MemoryError)
 
 
 def first_line(error: Exception) -> str:

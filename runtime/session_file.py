@@ -16,6 +16,7 @@ import numpy as np
 from gpt2_edge.errors import SessionError
 from gpt2_edge.kv_cache import SequenceCache
 from gpt2_edge.manifest import Manifest
+from gpt2_edge.options import MAXIMUM_SEED
 from gpt2_edge.seal import write_file
 
 _FORMAT: Final = b"gpt2-edge session 1\n"
@@ -71,8 +72,8 @@ def save_session(path: Path, state: SessionState, manifest: Manifest) -> None:
         digest.update(part)
     try:
         write_file(path, [_FORMAT, digest.hexdigest().encode() + b"\n", *body])
-    except OSError as error:
-        raise SessionError(f"cannot write {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:  # ValueError if the path has a NUL in it
+        raise SessionError(f"cannot write {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
 def read_session(path: Path, manifest: Manifest) -> SessionState:
@@ -87,8 +88,8 @@ def read_session(path: Path, manifest: Manifest) -> SessionState:
     """
     try:
         data = memoryview(path.read_bytes())
-    except OSError as error:
-        raise SessionError(f"cannot read {path}: {error.strerror or error}") from error
+    except (OSError, ValueError) as error:
+        raise SessionError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
     if bytes(data[: len(_FORMAT)]) != _FORMAT:
         raise SessionError(f"{path} is not a session saved by this version of gpt2-edge")
     body = data[len(_FORMAT) + _HASH_LINE_BYTES :]
@@ -103,9 +104,12 @@ def read_session(path: Path, manifest: Manifest) -> SessionState:
     return _state(path, header, body[header_length:], manifest)
 
 
-def _state(path: Path, header: dict[str, Any], values: memoryview, manifest: Manifest) -> SessionState:
-    if header["model"] != manifest.content_sha256:
+def _state(path: Path, header: Any, values: memoryview, manifest: Manifest) -> SessionState:
+    if not isinstance(header, dict) or header.get("model") != manifest.content_sha256:
         raise SessionError(f"{path} was saved with another model folder: load that one, or begin a new session")
+    problem = _problem(header, manifest)
+    if problem is not None:
+        raise SessionError(f"{path} is damaged: {problem}")
     shape = manifest.architecture
     array_shape = (shape.heads, header["cached_tokens"], shape.head_size)
     arrays, count = 2 * shape.layers, math.prod(array_shape)
@@ -115,6 +119,27 @@ def _state(path: Path, header: dict[str, Any], values: memoryview, manifest: Man
     numbers = np.frombuffer(values, stored_type).astype(stored_type.newbyteorder("="), copy=False)
     cache = SequenceCache([part.reshape(array_shape) for part in np.split(numbers, arrays)]) if count else None
     return SessionState(tuple(header["prompt"]), tuple(header["continuation"]), cache, header["seed"], header["draws"])
+
+
+def _problem(header: dict[str, Any], manifest: Manifest) -> str | None:
+    """Say what the model could not go on with; the hash alone does not tell who wrote a file."""
+    shape = manifest.architecture
+    lists = [header.get(name) for name in ("prompt", "continuation")]
+    if not all(isinstance(tokens, list) and _are_all(tokens, shape.vocabulary_size) for tokens in lists):
+        return "it holds something else than tokens of the model"
+    count = sum(map(len, lists))  # type: ignore[arg-type]
+    if count > shape.context_length + 1:
+        return f"it holds {count} tokens, more than the context"
+    if not _are_all([header.get("cached_tokens")], count + 1):
+        return "it holds keys and values of other tokens"
+    seed, draws = header.get("seed", ""), header.get("draws")
+    if not (seed is None or _are_all([seed], MAXIMUM_SEED + 1)) or not _are_all([draws], MAXIMUM_SEED + 1):
+        return "it holds no state of random numbers"
+    return None
+
+
+def _are_all(values: list[Any], below: int) -> bool:
+    return all(type(value) is int and 0 <= value < below for value in values)
 
 
 def _stored_type(manifest: Manifest) -> np.dtype[Any]:

@@ -49,3 +49,17 @@ class ChoosingSession(Protocol):
     def decode_likeliest(  # noqa: D102
         self, tokens: Sequence[int], lengths: Sequence[int], wanted: Sequence[bool]
     ) -> list[int | npt.NDArray[np.float32]]: ...
+
+
+@runtime_checkable
+class BatchPrefillSession(Protocol):
+    """Can compute several whole prompts in one run; see `StepSession` for what the methods do."""
+
+    def batch_class(self, tokens: int) -> int | None: ...  # noqa: D102
+
+    def prefill_batch(  # noqa: D102
+        self,
+        first_slot: int,
+        prompts: Sequence[Sequence[int]],
+        logit_positions: Sequence[npt.NDArray[np.int64]],
+    ) -> npt.NDArray[np.float32]: ...

@@ -140,7 +140,10 @@ def _chosen_graph(path: Path) -> str:
     if usual is not None:
         return usual
     if not names:
-        raise ModelFolderError(f"{path} has no {_GRAPH_SUFFIX} file")
+        raise ModelFolderError(
+            f"{path} has no {_GRAPH_SUFFIX} file: give a folder that optimum exported; a checkpoint goes to "
+            "`gpt2-edge export`"
+        )
     if len(names) > 1:
         raise ModelFolderError(
             f"{path} has several graphs, {', '.join(names[:6])}: choose one with "

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from gpt2_edge.engine import Engine
+from gpt2_edge.errors import OptionError
 from gpt2_edge.generation import GenerationRow
 from gpt2_edge.results import Generation, Piece
 
@@ -40,6 +41,16 @@ class TextStream(Iterator[Piece]):
         """Everything generated so far; `finish_reason` is "cancelled" unless it ended by itself."""
         return self._row.result()
 
+    def begin(self) -> None:
+        """Queue what is generated, so that it is computed as soon as anybody waits; the first piece does it otherwise.
+
+        Raises:
+            ModelClosedError: The model was closed.
+        """
+        if not self._joined:
+            self._engine.join([self._row])
+            self._joined = True
+
     def close(self) -> None:
         """Stop generating. `result` keeps what was generated; may be called again."""
         self._engine.leave([self._row])
@@ -47,9 +58,7 @@ class TextStream(Iterator[Piece]):
     def _compute(self) -> None:
         row = self._row
         try:
-            if not self._joined:
-                self._engine.join([row])
-                self._joined = True
+            self.begin()
             self._engine.run_until(lambda: row.pieces or row.done)
         except BaseException:
             self.close()
@@ -62,6 +71,9 @@ class TextStream(Iterator[Piece]):
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> Any:
+        raise OptionError("a stream cannot be copied or pickled: take its pieces, or its `result`")
 
     def __del__(self) -> None:
         # May run at any moment, also inside the engine: so nothing but a mark that it looks at between steps.

@@ -1,14 +1,17 @@
 """A text that grows turn by turn: append, generate, go back, branch, save. Nothing is computed twice."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Unpack
+from typing import Any, Unpack
 
 from gpt2_edge.core import ModelCore, Prompt, row_seeds
-from gpt2_edge.errors import ContextLengthError, OptionError, SessionError
+from gpt2_edge.errors import ContextLengthError, SessionError
 from gpt2_edge.generation import GenerationRow, NextTokenRow, window_of
 from gpt2_edge.kv_cache import SequenceCache
-from gpt2_edge.options import GenerationOptions, OptionKeywords, Overflow
+from gpt2_edge.options import GenerationOptions, OptionKeywords, Overflow, checked_integer
 from gpt2_edge.results import Generation, NextToken
 from gpt2_edge.session_file import SessionState, save_session
 from gpt2_edge.stream import TextStream
@@ -32,11 +35,13 @@ class Session:
         self._core = core
         self._state = state
         self._row: GenerationRow | None = None  # what is being generated, until the state has taken it over
+        self._lock = threading.RLock()  # guards the two; held for moments, never while something is computed
 
     @property
     def tokens(self) -> list[int]:
         """All tokens so far."""
-        return list(self._settled().tokens)
+        with self._in_use() as state:
+            return list(state.tokens)
 
     @property
     def text(self) -> str:
@@ -44,7 +49,8 @@ class Session:
 
         After the context has slid, that is the kept part only.
         """
-        tokens = self._settled().tokens
+        with self._in_use() as state:
+            tokens = state.tokens
         return self._core.tokenizer.decode(tokens[1:] if tokens[:1] == (self._core.facts.end_of_text,) else tokens)
 
     def append(self, text: Prompt, *, overflow: Overflow = "stop", keep_tokens: int = 0) -> None:
@@ -62,13 +68,13 @@ class Session:
             OptionError: `overflow` or `keep_tokens` is not allowed.
         """
         GenerationOptions(overflow=overflow, keep_tokens=keep_tokens)
-        state = self._settled()
-        tokens = (*state.tokens, *self._core.tokens(text))
-        cache = state.cache
-        if len(tokens) > self._core.facts.context_length and overflow == "slide":
-            tokens, cache = tuple(window_of(tokens, self._core.facts.context_length, keep_tokens)), None
-        self._core.check_length(tokens)
-        self._state = replace(state, prompt=tokens, continuation=(), cache=cache)
+        added = self._core.tokens(text)
+        with self._in_use() as state:
+            tokens, cache = (*state.tokens, *added), state.cache
+            if len(tokens) > self._core.facts.context_length and overflow == "slide":
+                tokens, cache = tuple(window_of(tokens, self._core.facts.context_length, keep_tokens)), None
+            self._core.check_length(tokens)
+            self._state = replace(state, prompt=tokens, continuation=(), cache=cache)
 
     def replace(self, text: Prompt) -> None:
         """Make the whole text another; what it has in common with the old one at the start is not computed again.
@@ -76,24 +82,22 @@ class Session:
         Raises:
             PromptError: It cannot be used; `ContextLengthError` if there is no room. The session stays as it was.
         """
-        state = self._settled()
         tokens = tuple(self._core.tokens(text))
         self._core.check_length(tokens)
-        pairs = zip(tokens, state.tokens, strict=False)
-        common = next((place for place, (new, old) in enumerate(pairs) if new != old), len(tokens))
-        self._state = replace(state, prompt=tokens, continuation=(), cache=_first_of(state.cache, common))
+        with self._in_use() as state:
+            pairs = zip(tokens, state.tokens, strict=False)
+            common = next((place for place, (new, old) in enumerate(pairs) if new != old), len(tokens))
+            self._state = replace(state, prompt=tokens, continuation=(), cache=_first_of(state.cache, common))
 
     def rewind(self, n: int) -> None:
         """Take the last n tokens back.
 
         Raises:
-            OptionError: There are fewer.
+            OptionError: There are fewer, or n is no number of tokens.
         """
-        state = self._settled()
-        length = len(state.tokens)
-        if not isinstance(n, int) or isinstance(n, bool) or not 0 <= n <= length:
-            raise OptionError(f"n is {n!r}: the session has {length} tokens, give an integer from 0 to {length}")
-        self._state = _first_tokens(state, length - n)
+        with self._in_use() as state:
+            length = len(state.tokens)
+            self._state = _first_tokens(state, length - checked_integer("n", n, 0, length))
 
     def generate(self, **options: Unpack[OptionKeywords]) -> Generation:
         """Continue the text; what is generated belongs to it from then on.
@@ -107,16 +111,23 @@ class Session:
             OptionError: An option is unknown or has a value that is not allowed.
             ContextLengthError: The context is full, and `overflow` is not "slide".
         """
-        stream = self.stream(**options)
+        stream = self._stream(options, begins=True)
         for _ in stream:
             pass
         return stream.result
 
     def stream(self, **options: Unpack[OptionKeywords]) -> TextStream:
         """Continue the text piece by piece; the session waits until the stream has ended or was closed."""
+        return self._stream(options, begins=False)
+
+    def _stream(self, options: OptionKeywords, *, begins: bool) -> TextStream:
         checked = self._core.options(options)
-        self._row = self._make_row(self._settled(), checked)
-        return TextStream(self._core.engine, self._row)
+        with self._in_use() as state:
+            self._row = self._make_row(state, checked)
+            stream = TextStream(self._core.engine, self._row)
+            if begins:
+                stream.begin()  # so that the session is in use for other threads, before any has waited
+        return stream
 
     def next_tokens(self, k: int = 10) -> list[NextToken]:
         """Return the k likeliest next tokens with their probabilities, the likeliest first; changes nothing.
@@ -128,14 +139,16 @@ class Session:
             OptionError: k is not allowed.
             ContextLengthError: The context is more than full.
         """
-        state = self._settled()
+        with self._in_use() as state:
+            pass
         row = NextTokenRow(self._core.prompt_tokens(state.tokens))
         row.initial_cache = state.cache
         return self._core.next_tokens(row, k)
 
     def fork(self) -> "Session":
         """Return a session with the same text, which goes on by itself. Costs nothing."""
-        return Session(self._core, self._settled())
+        with self._in_use() as state:
+            return Session(self._core, state)
 
     def save(self, path: str | Path) -> None:
         """Write the session to a file, for `Model.load_session` of the same model folder.
@@ -143,7 +156,12 @@ class Session:
         Raises:
             SessionError: The file cannot be written.
         """
-        save_session(Path(path), self._settled(), self._core.manifest)
+        with self._in_use() as state:
+            pass
+        save_session(Path(path), state, self._core.manifest)
+
+    def __reduce__(self) -> Any:
+        raise SessionError("a session cannot be copied or pickled: `fork` it, or `save` it and load it again")
 
     def _make_row(self, state: SessionState, options: GenerationOptions) -> GenerationRow:
         facts = self._core.facts
@@ -162,30 +180,39 @@ class Session:
         row.initial_cache, row.keeps_cache = state.cache, True
         return row
 
-    def _settled(self) -> SessionState:
-        """Return the state after what was generated last; a row that failed changes nothing.
+    @contextmanager
+    def _in_use(self) -> Iterator[SessionState]:
+        """Give the state after what was generated last, and keep other threads from changing it in the block.
 
         Raises:
             SessionError: Something is still being generated.
         """
+        row = self._row
+        if row is not None and not row.left and (row.done or row.abandoned):
+            self._core.engine.run_until(lambda: row.left)  # without the lock, which those who compute may want
+        with self._lock:
+            self._take_over_row()
+            yield self._state
+
+    def _take_over_row(self) -> None:
+        """Make what was generated a part of the state; a row that failed changes nothing."""
         row, state = self._row, self._state
         if row is None:
-            return state
-        if not row.done and not row.abandoned and not row.left:
+            return
+        if not row.left:
             raise SessionError("the session is generating: wait for its end or close the stream; or fork it before")
         row.abandoned = True  # a stream that was never begun can begin no more
-        self._core.engine.run_until(lambda: row.left)
         if row.failure is None:
-            state = replace(state, draws=row.draws, cache=row.final_cache or state.cache)
             if row.forgot_tokens:
-                state = replace(state, prompt=tuple(row.tokens_without_stop()), continuation=())
+                # What was cached before belongs to tokens that are no longer there.
+                state = replace(state, prompt=tuple(row.tokens_without_stop()), continuation=(), cache=row.final_cache)
             else:
-                state = replace(state, continuation=(*state.continuation, *row.result().tokens))
-            state = replace(state, cache=_first_of(state.cache, len(state.tokens)))
+                continuation = (*state.continuation, *row.result().tokens)
+                state = replace(state, continuation=continuation, cache=row.final_cache or state.cache)
+            state = replace(state, draws=row.draws, cache=_first_of(state.cache, len(state.tokens)))
             rest = self._core.tokenizer.encode(row.text_beyond_tokens())
             state = replace(state, continuation=(*state.continuation, *rest))
         self._state, self._row = state, None
-        return state
 
 
 def _first_tokens(state: SessionState, count: int) -> SessionState:

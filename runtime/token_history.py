@@ -1,5 +1,6 @@
 """What has been said so far, kept up token by token for the options that look back."""
 
+import sys
 from collections import defaultdict, deque
 from collections.abc import Sequence
 from typing import Final
@@ -26,7 +27,7 @@ class TokenHistory:
         self._tokens = np.empty(_FIRST_CAPACITY, np.int64)
         self._times = np.zeros(_FIRST_CAPACITY)
         self._followers: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
-        self._latest: deque[int] = deque(maxlen=max(0, ngram_size - 1))
+        self._latest: deque[int] = deque(maxlen=min(max(0, ngram_size - 1), sys.maxsize))
         for token in self._prompt:
             self._add(token, times=0)
 

@@ -1,14 +1,18 @@
 """Text to token ids, and token ids back to bytes."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from tokenizers import Tokenizer as HuggingFaceTokenizer
+from tokenizers.pre_tokenizers import ByteLevel
 
 from gpt2_edge.errors import ModelFolderError, PromptError
 from gpt2_edge.file_content import FileContent
 
 _SIZE_LIMIT_BYTES: Final = 64_000_000
+_PIECE_CHARACTERS: Final = 16_384
+_BEFORE_A_WORD: Final = re.compile(r"(?<=[A-Za-z]) (?=[A-Za-z])")
 
 
 class Tokenizer:
@@ -30,6 +34,7 @@ class Tokenizer:
             raise ModelFolderError(f"{content.path} is not a tokenizer: {error}") from error
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self._is_cuttable = _splits_at_every_space(self._tokenizer)
         self._added: dict[int, bytes] = {
             token_id: added.content.encode() for token_id, added in self._tokenizer.get_added_tokens_decoder().items()
         }
@@ -44,7 +49,8 @@ class Tokenizer:
         if not isinstance(text, str):
             raise PromptError(f"the text is {type(text).__name__}: give a str")
         try:
-            return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+            pieces = _pieces(text) if self._is_cuttable else [text]
+            return [token for piece in pieces for token in self._tokenizer.encode(piece, add_special_tokens=False).ids]
         except (UnicodeEncodeError, TypeError) as error:
             raise PromptError(
                 f"the text is not valid Unicode: {_first_surrogate(text)}; decode it with errors='replace'"
@@ -70,6 +76,28 @@ class Tokenizer:
         if text is None:
             return b""
         return bytes(_BYTE_OF_CHARACTER[character] for character in text if character in _BYTE_OF_CHARACTER)
+
+
+def _splits_at_every_space(tokenizer: HuggingFaceTokenizer) -> bool:
+    """Tell whether a word and the space before it never share a token with what comes before, as in every GPT-2."""
+    splitter = tokenizer.pre_tokenizer
+    added = tokenizer.get_added_tokens_decoder().values()
+    return (
+        tokenizer.normalizer is None
+        and isinstance(splitter, ByteLevel)
+        and splitter.use_regex
+        and not splitter.add_prefix_space
+        and not any(" " in token.content or token.lstrip or token.rstrip for token in added)
+    )
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a long text before words: the library lets no other thread run, and no Ctrl-C through, until it is done."""
+    start = 0
+    while len(text) - start > _PIECE_CHARACTERS and (found := _BEFORE_A_WORD.search(text, start + _PIECE_CHARACTERS)):
+        yield text[start : found.start()]
+        start = found.start()
+    yield text[start:]
 
 
 def _byte_level_alphabet() -> dict[str, int]:

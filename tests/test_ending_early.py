@@ -128,7 +128,8 @@ def test_nan_after_the_prompt(
     int8_model: Model, monkeypatch: pytest.MonkeyPatch, call: Callable[[Model, Any], Any]
 ) -> None:
     with monkeypatch.context() as patch:
-        spoil(patch, "prefill", after_calls=0)
+        for name in ("prefill", "prefill_batch"):
+            spoil(patch, name, after_calls=0)
         with pytest.raises(LogitsError, match="NaN"):
             call(int8_model, "Once upon a time")
     call(int8_model, "Once upon a time")

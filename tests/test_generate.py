@@ -25,7 +25,7 @@ from transformers import GPT2LMHeadModel
 
 import gpt2_edge
 from gpt2_edge import Generation, Model
-from gpt2_edge.engine import PREFILL_CHUNK_TOKENS
+from gpt2_edge.prefill import PREFILL_CHUNK_TOKENS
 from gpt2_edge.session import StepSession
 
 

@@ -1,6 +1,7 @@
 """Stopping: cancel, deadline, closing, asyncio; processes and memory."""
 
 import asyncio
+import gc
 import multiprocessing
 import os
 import pickle
@@ -9,14 +10,17 @@ import signal
 import sys
 import threading
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
+import onnxruntime
 import pytest
 
 import gpt2_edge
 from gpt2_edge import ModelClosedError, OptionError
+from gpt2_edge.session import StepSession
 
 PROMPT = "Once upon a time"
 
@@ -64,8 +68,6 @@ class SlowPrefill:
 
 @pytest.mark.parametrize("how", ["cancel", "deadline", "close"])
 def test_a_long_prefill_is_terminated(fp32_model: gpt2_edge.Model, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
-    from gpt2_edge.session import StepSession
-
     slow = SlowPrefill(seconds=20)
     monkeypatch.setattr(StepSession, "prefill", lambda *arguments: slow(*arguments))
     monkeypatch.setattr(StepSession, "terminate_prefill", lambda self: slow.terminated.set())
@@ -247,3 +249,121 @@ def test_a_logits_processor_that_calls_its_own_model_is_told(int8_model: gpt2_ed
     with pytest.raises(OptionError, match="use another model"):
         int8_model.generate(PROMPT, max_new_tokens=3, logits_processor=ask)
     assert len(int8_model.generate(PROMPT, max_new_tokens=3).tokens) == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a thread a signal")
+def test_ctrl_c_is_heard_while_another_thread_computes(int8_model: gpt2_edge.Model) -> None:
+    forever = {"max_new_tokens": 10**6, "overflow": "slide", "ignore_eos": True}
+    cancel = threading.Event()
+    other = threading.Thread(target=lambda: int8_model.generate(PROMPT, **forever, cancel=cancel))
+    other.start()
+    while int8_model._core.engine._computed_by != other.ident:
+        time.sleep(0.001)
+    interrupt = threading.Timer(0.2, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+    interrupt.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            int8_model.generate(PROMPT, **forever, deadline_seconds=10)
+        assert other.is_alive()
+    finally:
+        cancel.set()
+        other.join()
+        interrupt.join()
+
+
+@pytest.mark.parametrize("error", [SystemExit(3), GeneratorExit()])
+def test_what_a_processor_raises_arrives_at_its_own_caller(int8_model: gpt2_edge.Model, error: BaseException) -> None:
+    """Also if the thread of another caller is the one that computes."""
+
+    def fail(tokens: Any, logits: Any) -> None:
+        raise error
+
+    stream = int8_model.stream(PROMPT, max_new_tokens=5, logits_processor=fail)
+    stream.begin()
+    assert int8_model.generate(PROMPT, max_new_tokens=5).finish_reason == "length"
+    with pytest.raises(type(error)):
+        next(stream)
+
+
+def test_stop_iteration_of_a_processor_does_not_end_a_stream_as_if_nothing_were_wrong(
+    int8_model: gpt2_edge.Model,
+) -> None:
+    def fail(tokens: Any, logits: Any) -> None:
+        raise StopIteration
+
+    options: Any = {"max_new_tokens": 5, "logits_processor": fail}
+    with pytest.raises(RuntimeError, match="logits_processor raised StopIteration"):
+        list(int8_model.stream(PROMPT, **options))
+    with pytest.raises(RuntimeError, match="logits_processor raised StopIteration"):
+        asyncio.run(asyncio.wait_for(int8_model.agenerate(PROMPT, **options), timeout=20))
+
+
+def test_many_callers_of_asyncio_share_steps(int8_model: gpt2_edge.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than asyncio has threads of its own: two cores have six."""
+    sizes = []
+    decode = StepSession.decode
+
+    def record(session: StepSession, tokens: Any, lengths: Any) -> Any:
+        sizes.append(len(tokens))
+        return decode(session, tokens, lengths)
+
+    async def run() -> list[gpt2_edge.Generation]:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        calls = (int8_model.agenerate(PROMPT, max_new_tokens=100, ignore_eos=True, seed=seed) for seed in range(12))
+        return await asyncio.gather(*calls)
+
+    monkeypatch.setattr(StepSession, "decode", record)
+    assert [done.seed for done in asyncio.run(run())] == list(range(12))
+    assert max(sizes) == 12
+
+
+def test_the_context_of_the_caller_is_that_of_its_processor(int8_model: gpt2_edge.Model) -> None:
+    name: ContextVar[str] = ContextVar("name")
+    seen = []
+
+    async def run() -> None:
+        name.set("mine")
+        await int8_model.agenerate(PROMPT, max_new_tokens=1, logits_processor=lambda *_: seen.append(name.get()))
+
+    asyncio.run(run())
+    assert seen == ["mine"]
+
+
+def test_a_stream_left_without_closing_takes_no_more_steps(int8_model: gpt2_edge.Model) -> None:
+    async def run() -> None:
+        async for _ in int8_model.astream(PROMPT, max_new_tokens=10**6, overflow="slide", ignore_eos=True):
+            break
+
+    asyncio.run(run())
+    gc.collect()
+    assert len(int8_model.generate(PROMPT, max_new_tokens=3).tokens) == 3
+    assert int8_model._core.engine._all_rows() == []
+
+
+def test_what_the_handler_of_a_signal_raises_arrives_unchanged(
+    int8_model: gpt2_edge.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a time limit that a test or an evaluation sets: Python calls the handler when a run comes back."""
+    expected = int8_model.generate(PROMPT, max_new_tokens=5).tokens
+    run = onnxruntime.InferenceSession.run_with_iobinding
+
+    def run_until_late(*arguments: Any) -> None:
+        run(*arguments)
+        raise TimeoutError("over")
+
+    monkeypatch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", run_until_late)
+    with pytest.raises(TimeoutError, match="over"):
+        int8_model.generate("Another prompt", max_new_tokens=5)
+    monkeypatch.undo()
+    assert int8_model.generate(PROMPT, max_new_tokens=5).tokens == expected
+
+
+def test_a_row_that_fails_ends_its_list_at_once(int8_model: gpt2_edge.Model) -> None:
+    def fail(tokens: Any, logits: Any) -> None:
+        raise ZeroDivisionError
+
+    forever: Any = {"max_new_tokens": 10**6, "overflow": "slide", "ignore_eos": True, "deadline_seconds": 30}
+    started_at = time.perf_counter()
+    with pytest.raises(ZeroDivisionError):
+        int8_model.generate([PROMPT, "Twice"], row_options=[{}, {"logits_processor": fail}], **forever)
+    assert time.perf_counter() - started_at < 15

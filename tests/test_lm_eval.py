@@ -193,14 +193,33 @@ def test_a_continuation_longer_than_the_context_is_refused(lm: Any) -> None:
 
 def test_equal_inputs_are_computed_once(lm: Any, model: gpt2_edge.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     computed: list[Any] = []
-    logits = model.logits
-    monkeypatch.setattr(model, "logits", lambda prompt: (computed.append(prompt), logits(prompt))[1])
+    join = model._core.engine.join
+    monkeypatch.setattr(model._core.engine, "join", lambda rows: (computed.extend(rows), join(rows)))
     question = "Was the king old? Answer:"
     answers = [" and", " the", " king", " the"]
     assert all(len(model.tokenize(question + answer)) == len(model.tokenize(question)) + 1 for answer in answers)
     scores = lm.loglikelihood(requests(*((question, answer) for answer in answers)), disable_tqdm=True)
     assert len(computed) == 1
     assert scores[1] == scores[3] != scores[0]
+
+
+def test_many_requests_are_scored_as_each_alone(lm: Any, model: gpt2_edge.Model) -> None:
+    """Of contexts and continuations of many lengths, which are computed together; several have inputs in common."""
+    words = ["the", "king", "was", "very", "old", "and", "the", "fox", "ran", "to", "the", "wolf", "in", "the", "wood"]
+    pairs = [
+        (" ".join(words[begin:middle]), " " + " ".join(words[middle:end]))
+        for begin in range(3)
+        for middle in range(begin, begin + 5)
+        for end in range(middle + 1, len(words), 3)
+    ]
+    assert len({len(model.tokenize(context + text)) for context, text in pairs}) > 8
+    together = lm.loglikelihood(requests(*pairs), disable_tqdm=True)
+    alone = [lm.loglikelihood(requests(pair), disable_tqdm=True)[0] for pair in pairs]
+    assert together == alone
+    texts = [(context + text,) for context, text in pairs]
+    assert lm.loglikelihood_rolling(requests(*texts), disable_tqdm=True) == [
+        lm.loglikelihood_rolling(requests(text), disable_tqdm=True)[0] for text in texts
+    ]
 
 
 @pytest.mark.parametrize("count", [1, CONTEXT - 1, CONTEXT, CONTEXT + 1, 2 * CONTEXT, 3 * CONTEXT - 5])

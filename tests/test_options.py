@@ -1,15 +1,19 @@
 """Options that are not allowed are named, with what is."""
 
+import json
 import math
 import threading
+from dataclasses import asdict
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pytest
 from generating import VOCABULARY
 
 import gpt2_edge
-from gpt2_edge import Model, OptionError
+from gpt2_edge import GenerationOptions, Model, OptionError
 
 NOT_INTEGERS: Final = (1.5, "5", True, [1])
 NOT_NUMBERS: Final = ("1", True, [1.0], math.nan, math.inf)
@@ -98,3 +102,68 @@ def test_an_unknown_option_is_answered_with_a_close_one(int8_model: Model, given
 def test_an_unknown_option_like_no_other(int8_model: Model) -> None:
     with pytest.raises(OptionError, match=r"unknown option do_sample[.:;] .*options are max_new_tokens, "):
         int8_model.generate("Once", do_sample=True)  # type: ignore[call-overload]
+
+
+NUMBERS: Final = {
+    "max_new_tokens": 5,
+    "min_new_tokens": 2,
+    "top_k": 100,
+    "no_repeat_ngram_size": 2,
+    "seed": 5,
+    "logprobs": 2,
+    "keep_tokens": 3,
+    "temperature": 0.5,
+    "top_p": 0.75,
+    "min_p": 0.125,
+    "typical_p": 0.75,
+    "repetition_penalty": 1.25,
+    "presence_penalty": 0.25,
+    "frequency_penalty": 0.25,
+    "deadline_seconds": 60.0,
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_other_types_are_taken_as_those_of_python(int8_model: Model, name: str) -> None:
+    number = NUMBERS[name]
+    kinds: list[Any] = [np.int8, np.uint64] if isinstance(number, int) else [np.float16, np.longdouble, Fraction]
+    common: Any = {"max_new_tokens": 6, "seed": 3}
+    expected = int8_model.generate("Once upon a time", **(common | {name: number}))
+    for kind in kinds:
+        assert type(getattr(GenerationOptions(**{name: kind(number)}), name)) is type(number)
+        done = int8_model.generate("Once upon a time", **(common | {name: kind(number)}))
+        assert (done.tokens, done.seed, done.logprobs) == (expected.tokens, expected.seed, expected.logprobs)
+        json.dumps(asdict(done))
+
+
+def test_integers_of_numpy_count_samples_and_tokens(int8_model: Model) -> None:
+    samples = int8_model.generate("Once", n=np.int64(2), max_new_tokens=1, row_options=[{"seed": np.uint8(7)}, {}])
+    assert [type(done.seed) for done in samples] == [int, int]
+    assert samples[0].seed == 7
+    assert len(int8_model.next_tokens("Once", k=np.int16(3))) == 3
+    session = int8_model.session()
+    session.append("Once upon a time")
+    session.rewind(np.int64(1))
+    assert session.text == "Once upon a"
+
+
+HUGE: Final = 10**30
+
+
+@pytest.mark.parametrize("name", ["min_new_tokens", "top_k", "logprobs", "no_repeat_ngram_size", "keep_tokens"])
+def test_an_integer_may_be_huge(int8_model: Model, name: str) -> None:
+    done = int8_model.generate("Once", **{"max_new_tokens": 3, name: HUGE})
+    assert len(done.tokens) == 3
+
+
+@pytest.mark.parametrize(
+    "options", [{"seed": 10**5000}, {"temperature": 10**5000}, {"banned_tokens": [10**5000]}, {"n": -(10**5000)}]
+)
+def test_a_number_of_too_many_digits_is_refused(int8_model: Model, options: Any) -> None:
+    with pytest.raises(OptionError, match="int of too many digits"):
+        int8_model.generate("Once", **options)
+
+
+def test_a_stop_text_that_no_text_can_have(int8_model: Model) -> None:
+    with pytest.raises(OptionError, match="without a lone surrogate"):
+        int8_model.generate("Once", stop=["fine", "\ud800"])

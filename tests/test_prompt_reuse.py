@@ -172,7 +172,7 @@ def test_threads_with_prompts_that_begin_alike_get_what_they_get_alone(model: Mo
 
     expected = []
     for number in range(16):
-        model._core.engine._prompts.keep_only(None)
+        model._core.engine._prefill._prompts.keep_only(None)
         expected.append(run(model, number))
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(lambda number: run(model, number), range(16))) == expected

@@ -16,6 +16,9 @@ from transformers import GPT2LMHeadModel
 
 import gpt2_edge
 from gpt2_edge.cli import main
+from gpt2_edge.commands.documents import document_batches
+from gpt2_edge.engine import Engine
+from gpt2_edge.generation import token_logprobs
 from gpt2_edge.scoring import Window, windows_of
 
 CONTEXT = 32  # of the tiny checkpoint
@@ -153,14 +156,41 @@ def test_progress_is_reported_window_by_window(tiny: gpt2_edge.Model) -> None:
 
 
 def test_few_windows_of_a_long_text_exist_at_a_time(tiny: gpt2_edge.Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpt2_edge.core import ModelCore
+    brought: list[int] = []
+    join = Engine.join
+    monkeypatch.setattr(Engine, "join", lambda engine, rows: (brought.append(len(rows)), join(engine, rows))[1])
+    most_ahead = 0
+    scored_windows = 0
 
-    together: list[int] = []
-    run = ModelCore.run
-    monkeypatch.setattr(ModelCore, "run", lambda core, rows: (together.append(len(rows)), run(core, rows))[1])
-    tiny.score(tokens_of(50 * CONTEXT))
-    assert sum(together) == 99
-    assert max(together) <= 16
+    def count(tokens: int) -> None:
+        nonlocal most_ahead, scored_windows
+        scored_windows += 1
+        most_ahead = max(most_ahead, sum(brought) - scored_windows)
+
+    tiny.score(tokens_of(50 * CONTEXT), on_scored=count)
+    assert sum(brought) == scored_windows == 99
+    assert most_ahead <= 16
+
+
+def test_a_failed_text_leaves_the_model_usable(tiny: gpt2_edge.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = [tokens_of(count, seed=count) for count in range(2, 30)]
+    expected = tiny.score(texts)
+    fail_for(texts[11], monkeypatch)
+    with pytest.raises(gpt2_edge.LogitsError, match="made up"):
+        tiny.score(texts)
+    assert not tiny._core.engine._waiting
+    assert tiny.score(texts[:11] + texts[12:]) == expected[:11] + expected[12:]
+
+
+def fail_for(text: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the model compute NaN for one text."""
+
+    def failing(logits: Any, following: list[int]) -> Any:
+        if following == text[1:]:
+            raise gpt2_edge.LogitsError("made up")
+        return token_logprobs(logits, following)
+
+    monkeypatch.setattr("gpt2_edge.scoring.token_logprobs", failing)
 
 
 def test_an_interrupted_score_leaves_the_model_usable(tiny: gpt2_edge.Model) -> None:
@@ -241,6 +271,65 @@ def test_lines_are_documents(
     assert "not UTF-8" in objects[3]["error"]
 
 
+def test_many_lines_are_scored_as_each_alone_and_in_their_order(
+    tiny_folder: Path, tiny: gpt2_edge.Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Short and long ones, some that cannot be scored, and more than are read at once."""
+    file = tmp_path / "lines.txt"
+    words = ["king", "fox", "the", "", "ran", "\xff", "old"]
+    lines = [" ".join(words[(3 * number) % 7] for _ in range(number % 9)) for number in range(300)]
+    lines[170] = "The fox ran. " * 6000
+    file.write_bytes("\n".join(lines).encode("latin-1"))
+    assert main(["score", str(tiny_folder), str(file), "--lines", "--json", "--stride", "31"]) == 1
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [each["document"] for each in objects] == [f"{file}:{number}" for number in range(1, 301)]
+    for line, each in zip(lines, objects, strict=True):
+        if "\xff" in line:
+            assert "not UTF-8" in each["error"]
+        elif len(tiny.tokenize(line)) < 2:
+            assert each["error"].startswith("the text has")
+        else:
+            assert each["logprobs"] == tiny.score(line, stride=31).logprobs
+
+
+def test_a_document_that_fails_takes_no_other_along(
+    tiny_folder: Path,
+    tiny: gpt2_edge.Model,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "lines.txt"
+    file.write_text("The king was old.\nThe fox ran.\nThe end.\n", encoding="utf-8")
+    expected = [tiny.score(text).logprobs for text in ("The king was old.", "The end.")]
+    fail_for(tiny.tokenize("The fox ran."), monkeypatch)
+    assert main(["score", str(tiny_folder), str(file), "--lines", "--json"]) == 1
+    printed = capsys.readouterr()
+    first, second, third = (json.loads(line) for line in printed.out.splitlines())
+    assert [first["logprobs"], third["logprobs"]] == expected
+    assert second == {"document": f"{file}:2", "error": "made up"}
+    assert printed.err == f"gpt2-edge: {file}:2: made up\n"
+
+
+def test_short_documents_are_scored_together_and_few_at_a_time(tmp_path: Path) -> None:
+    file = tmp_path / "lines.txt"
+    lengths = [10] * 100 + [3000, 3000, 300_000, 5, 0, 5]
+    file.write_bytes(b"".join(b"x" * length + b"\n" for length in lengths))
+    batches = list(document_batches([str(file)], lines=True))
+    assert [document.data for batch in batches for document in batch] == [b"x" * length for length in lengths]
+    assert [len(batch) for batch in batches] == [64, 36 + 1, 1, 1, 3]
+    paths = [tmp_path / f"{number}.txt" for number in range(70)]
+    for path in paths:
+        path.write_bytes(b"y" * 10)
+    batches = list(document_batches([*map(str, paths), str(tmp_path / "missing"), str(file)], lines=False))
+    assert [len(batch) for batch in batches] == [64, 6, 1, 1]
+    assert [document.name for batch in batches for document in batch] == [
+        *map(str, paths),
+        str(tmp_path / "missing"),
+        str(file),
+    ]
+
+
 def test_a_wrong_stride_is_no_fault_of_the_documents(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["score", str(tiny_folder), "missing.txt", "--stride", "32"]) == 1
     printed = capsys.readouterr()
@@ -248,17 +337,22 @@ def test_a_wrong_stride_is_no_fault_of_the_documents(tiny_folder: Path, capsys: 
     assert printed.err.startswith("gpt2-edge: stride is 32: give an integer from 1 to 31")
 
 
-def test_a_line_is_scored_as_soon_as_it_comes(tiny_folder: Path) -> None:
+def test_a_line_is_scored_as_soon_as_it_comes(tiny_folder: Path, tiny: gpt2_edge.Model) -> None:
+    expected = tiny.score("A king.").logprobs
     command = [sys.executable, "-m", "gpt2_edge", "score", str(tiny_folder), "--lines", "--json"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdin is not None
         assert process.stdout is not None
         assert process.stderr is not None
         for number in (1, 2):
-            process.stdin.write(b"A king.\n")
+            process.stdin.write(b"king.\nA " if number > 1 else b"A king.\nA ")  # the next has begun
             process.stdin.flush()
-            assert json.loads(process.stdout.readline())["document"] == f"-:{number}"
+            line = json.loads(process.stdout.readline())
+            assert (line["document"], line["logprobs"]) == (f"-:{number}", expected)
+        process.stdin.write(b"king.\n" * 200)
         process.stdin.close()
+        documents = [json.loads(line)["document"] for line in process.stdout]
+        assert documents == [f"-:{number}" for number in range(3, 203)]
         assert process.wait(timeout=60) == 0
         assert process.stderr.read() == b""  # no bar in a pipe
 

@@ -2,6 +2,9 @@
 
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import pytest
 import gpt2_edge
 from gpt2_edge import ContextLengthError, OptionError, PromptError, SessionError
 from gpt2_edge.session import StepSession
+from gpt2_edge.stream import TextStream
 
 PROMPT = "The old king had three sons, and"
 SAMPLING: dict[str, Any] = {"temperature": 1.0, "top_k": 50, "ignore_eos": True}
@@ -331,3 +335,57 @@ def test_a_session_file_appears_whole_or_not_at_all(
         session.save(path)
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["state"]
+
+
+def test_a_session_that_is_cancelled_as_its_context_slides_goes_on_right(fp32_model: gpt2_edge.Model) -> None:
+    """The kept tokens wait to be computed again then, and what was cached belongs to others."""
+    cancel = threading.Event()
+
+    def cancel_at_the_end(tokens: Any, logits: Any) -> None:
+        if len(tokens) == 512:
+            cancel.set()
+
+    session = fp32_model.session()
+    session.append(list(range(100, 605)))
+    session.generate(max_new_tokens=3, ignore_eos=True)
+    done = session.generate(
+        max_new_tokens=99, ignore_eos=True, overflow="slide", cancel=cancel, logits_processor=cancel_at_the_end
+    )
+    assert done.finish_reason == "cancelled"
+    assert len(session.tokens) == 256
+    expected = fp32_model.generate(session.tokens, max_new_tokens=5, ignore_eos=True).tokens
+    assert session.generate(max_new_tokens=5, ignore_eos=True).tokens == expected
+
+
+@pytest.fixture
+def hasty_threads() -> Iterator[None]:
+    """Let threads take turns as often as they can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("hasty_threads")
+def test_two_threads_that_append_lose_nothing(int8_model: gpt2_edge.Model) -> None:
+    for _ in range(20):
+        session = int8_model.session()
+        with ThreadPoolExecutor(4) as pool:
+            for done in [pool.submit(session.append, [7]) for _ in range(20)]:
+                done.result()
+        assert session.tokens == [7] * 20
+
+
+def test_a_session_is_in_use_from_the_moment_it_generates(
+    int8_model: gpt2_edge.Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def use_it_meanwhile(stream: TextStream) -> TextStream:
+        with pytest.raises(SessionError, match="is generating"):
+            session.append(" x")
+        return stream
+
+    session = int8_model.session()
+    session.append(PROMPT)
+    monkeypatch.setattr(TextStream, "__iter__", use_it_meanwhile)
+    assert len(session.generate(max_new_tokens=3, ignore_eos=True).tokens) == 3
+    assert len(session.tokens) == len(int8_model.tokenize(PROMPT)) + 3

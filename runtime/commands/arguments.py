@@ -8,7 +8,7 @@ from gpt2_edge.errors import PromptError
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Add FOLDER, --device and --threads."""
-    parser.add_argument("folder", metavar="FOLDER", help="a model folder, or `storyteller`")
+    parser.add_argument("folder", metavar="FOLDER", help="a model folder or a pack, or `storyteller`")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ..., or auto (the default)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: the cores allowed)")
 

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from gpt2_edge.commands.arguments import add_model_arguments, add_prompt_argument, read_prompt
+from gpt2_edge.errors import OptionError
 from gpt2_edge.options import OptionKeywords
 from gpt2_edge.results import Generation
 
@@ -21,7 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--stop", action="append", metavar="STR", help="end before this text; may be repeated")
     length.add_argument("--ignore-eos", action="store_true", default=None, help="go on after an end-of-text token")
     length.add_argument("--overflow", metavar="HOW", help="when the context is full: stop (the default) or slide")
-    length.add_argument("--keep-tokens", type=int, metavar="N", help="with slide: never forget the first N tokens")
+    length.add_argument(
+        "--keep-tokens", type=int, metavar="N", help="with slide: never forget the first N tokens (default: 0)"
+    )
     length.add_argument("--deadline-seconds", type=float, metavar="S", help="end after S seconds")
     choice = parser.add_argument_group("choice of tokens (greedy, unless one of the first five is given)")
     choice.add_argument("--temperature", type=float, metavar="T", help="0 is greedy; higher is more varied")
@@ -35,11 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     choice.add_argument("--presence-penalty", type=float, metavar="X", help="0 is off")
     choice.add_argument("--frequency-penalty", type=float, metavar="X", help="0 is off")
     choice.add_argument("--no-repeat-ngram-size", type=int, metavar="N", help="no N tokens occur twice; 0 is off")
-    choice.add_argument("--seed", type=int, metavar="S", help="repeat what was drawn with this seed")
+    choice.add_argument("--seed", type=int, metavar="S", help="draw with this seed again (default: a new one)")
     choice.add_argument(
-        "--logprobs", type=int, metavar="K", help="with --json: log-probabilities, and of the K likeliest"
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="with --json: log-probabilities of the tokens, and of the K likeliest at each place",
     )
-    parser.add_argument("-n", type=int, metavar="N", help="so many samples of the prompt")
+    parser.add_argument("-n", type=int, metavar="N", help="so many samples of the prompt, each with its seed")
     parser.add_argument("--json", action="store_true", help="one JSON object a line: prompt, text, seed, timings ...")
 
 
@@ -47,6 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Generate and print."""
     from gpt2_edge.model import load
 
+    if arguments.logprobs is not None and not arguments.json:
+        raise OptionError("--logprobs is shown with --json only: give both")
     prompt = read_prompt(arguments.prompt)
     options = _options(arguments)
     with load(arguments.folder, device=arguments.device, threads=arguments.threads) as model:

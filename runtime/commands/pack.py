@@ -6,7 +6,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `pack`."""
-    parser.add_argument("folder", metavar="FOLDER", help="a model folder, or `storyteller`")
+    parser.add_argument("folder", metavar="FOLDER", help="a model folder or a pack, or `storyteller`")
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="the pack to make, such as model.gpt2")
     parser.add_argument("--sign", metavar="PEM", help="sign it with this private Ed25519 key")
 

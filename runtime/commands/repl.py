@@ -4,7 +4,7 @@ import argparse
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final
@@ -28,7 +28,11 @@ _SESSION_FILE_BEGINNING: Final = b"gpt2-edge session "
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `repl`."""
     parser.add_argument(
-        "folder", metavar="FOLDER", nargs="?", default="storyteller", help="a model folder (default: storyteller)"
+        "folder",
+        metavar="FOLDER",
+        nargs="?",
+        default="storyteller",
+        help="a model folder or a pack (default: storyteller)",
     )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ..., or auto (the default)")
     parser.add_argument("--threads", type=int, metavar="N", help="threads that compute (default: the cores allowed)")
@@ -242,6 +246,8 @@ class Repl:
         except FileExistsError as error:
             raise SessionError(f"{path} exists: give another name") from error
         except OSError as error:
+            with suppress(OSError):  # half a text is none
+                path.unlink()
             raise SessionError(f"cannot write {path}: {error.strerror or error}") from error
         self._screen.note(f"wrote the text to {path}")
 

@@ -92,6 +92,8 @@ class Reader:
             try:
                 text += "\n" + self._read_line(_PROMPT_INSIDE)
             except EOFError as error:
+                if self.interactive:
+                    print(file=sys.stderr)  # after the prompt
                 raise PromptError(f"the input ended inside a block: end it with {_BLOCK_MARK}") from error
         # The newlines beside the marks end lines, and are not part of the block.
         return text.rstrip().removesuffix(_BLOCK_MARK).removeprefix("\n").removesuffix("\n")

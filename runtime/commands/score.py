@@ -5,14 +5,13 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, BinaryIO, Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from gpt2_edge.commands.arguments import add_model_arguments, decode_utf8
+from gpt2_edge.commands.documents import STANDARD_INPUT, Document, document_batches
 from gpt2_edge.errors import Gpt2EdgeError, LogitsError, PromptError
 from gpt2_edge.progress import Progress
 from gpt2_edge.results import Score
@@ -27,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `score`."""
     add_model_arguments(parser)
     parser.add_argument(
-        "files", metavar="FILE", nargs="*", default=["-"], help="texts, UTF-8; standard input without any"
+        "files", metavar="FILE", nargs="*", default=[STANDARD_INPUT], help="texts, UTF-8; standard input without any"
     )
     parser.add_argument("--lines", action="store_true", help="each line is a document, instead of each FILE")
     parser.add_argument(
@@ -51,41 +50,16 @@ def run(arguments: argparse.Namespace) -> int:
         check_stride(arguments.stride, model.context_length)
         with _Output(_total_bytes(arguments.files)) as output:
             report = _JsonLines(output) if arguments.json else _Table(output)
-            for document in _documents(arguments.files, arguments.lines):
-                output.begin(len(document.data))
-                try:
-                    report.add(document.name, _score(model, document, arguments.stride, output))
-                except (PromptError, LogitsError) as error:
-                    report.add_failure(document.name, error)
+            for documents in document_batches(arguments.files, arguments.lines):
+                output.begin(sum(len(document.data) for document in documents))
+                outcomes = _score(model, documents, arguments.stride, output)
+                for document, outcome in zip(documents, outcomes, strict=True):
+                    if isinstance(outcome, Score):
+                        report.add(document.name, outcome)
+                    else:
+                        report.add_failure(document.name, outcome)
             report.finish()
     return 1 if report.failed else 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Document:
-    """A text to score, or the reason why it could not be read."""
-
-    name: str
-    data: bytes
-    error: PromptError | None = None
-
-
-def _documents(paths: Sequence[str], lines: bool) -> Iterator[_Document]:
-    """Yield the documents one by one: lines that come slowly are not waited for."""
-    for path in paths:
-        try:
-            with _open(path) as file:
-                if lines:
-                    for number, line in enumerate(file, start=1):
-                        yield _Document(f"{path}:{number}", line.removesuffix(b"\n").removesuffix(b"\r"))
-                else:
-                    yield _Document(path, file.read())
-        except OSError as error:
-            yield _Document(path, b"", PromptError(f"cannot read {path}: {error.strerror or error}"))
-
-
-def _open(path: str) -> AbstractContextManager[BinaryIO]:
-    return nullcontext(sys.stdin.buffer) if path == "-" else Path(path).open("rb")
 
 
 def _total_bytes(paths: Sequence[str]) -> int | None:
@@ -93,27 +67,61 @@ def _total_bytes(paths: Sequence[str]) -> int | None:
     total = 0
     for path in paths:
         try:
-            size = os.fstat(sys.stdin.fileno()).st_size if path == "-" else Path(path).stat().st_size
+            size = os.fstat(sys.stdin.fileno()).st_size if path == STANDARD_INPUT else Path(path).stat().st_size
         except OSError:
             size = 0  # it gets its message when it is its turn
-        if path == "-" and size == 0:
+        if path == STANDARD_INPUT and size == 0:
             return None
         total += size
     return total
 
 
-def _score(model: "Model", document: _Document, stride: int | None, output: "_Output") -> Score:
-    """Score a document.
+def _score(
+    model: "Model", documents: Sequence[Document], stride: int | None, output: "_Output"
+) -> list[Score | Gpt2EdgeError]:
+    """Score documents together; return for each its score, or why it has none."""
+    outcomes: dict[int, Score | Gpt2EdgeError] = {}
+    texts: dict[int, list[int]] = {}
+    for index, document in enumerate(documents):
+        try:
+            texts[index] = _tokens(model, document)
+        except PromptError as error:
+            outcomes[index] = error
+    total_bytes, scored_tokens = sum(len(each.data) for each in documents), sum(map(len, texts.values())) - len(texts)
+    scores = _score_texts(
+        model, list(texts.values()), stride, lambda count: output.advance(total_bytes * count / scored_tokens)
+    )
+    outcomes.update(zip(texts, scores, strict=True))
+    return [outcomes[index] for index in range(len(documents))]
+
+
+def _score_texts(
+    model: "Model", texts: list[list[int]], stride: int | None, on_scored: Callable[[int], object]
+) -> Sequence[Score | LogitsError]:
+    if not texts:
+        return []
+    try:
+        return model.score(texts, stride=stride, on_scored=on_scored)
+    except LogitsError as error:
+        if len(texts) == 1:
+            return [error]
+        # Whose fault it is shows when each is alone.
+        return [outcome for text in texts for outcome in _score_texts(model, [text], stride, lambda count: None)]
+
+
+def _tokens(model: "Model", document: Document) -> list[int]:
+    """Return the tokens of a document.
 
     Raises:
         PromptError: It cannot be read, is not UTF-8, or has fewer than two tokens.
-        LogitsError: The model computed NaN.
     """
+    from gpt2_edge.scoring import check_scorable
+
     if document.error is not None:
         raise document.error
     tokens = model.tokenize(decode_utf8(document.data, "the text"))
-    bytes_a_token = len(document.data) / max(1, len(tokens) - 1)
-    return model.score(tokens, stride=stride, on_scored=lambda count: output.advance(count * bytes_a_token))
+    check_scorable(tokens, model.context_length)
+    return tokens
 
 
 class _Output:
@@ -125,21 +133,21 @@ class _Output:
 
     def __init__(self, total_bytes: int | None) -> None:
         self._total_bytes = total_bytes
-        self._bytes_before = 0  # of the documents before this one
+        self._bytes_before = 0  # of the documents before these
         self._bytes = 0.0
         self._steps = 0
         self._document_bytes = 0
         self._progress = Progress("score", _BAR_STEPS) if total_bytes and sys.stderr.isatty() else None
 
     def begin(self, document_bytes: int) -> None:
-        """Go on to the next document."""
+        """Go on to the next documents, which have so many bytes together."""
         self._bytes_before += self._document_bytes
         self._document_bytes = document_bytes
         self._bytes = self._bytes_before
         self.advance(0)
 
     def advance(self, scored_bytes: float) -> None:
-        """Say that so much more of the document is scored."""
+        """Say that so much more of these documents is scored."""
         self._bytes += scored_bytes
         if self._progress is None or not self._total_bytes:
             return
