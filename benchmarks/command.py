@@ -22,7 +22,11 @@ _RANGE = re.compile(r"(\d+)-(\d+)(?:([+*])(\d+))?")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `bench`."""
     parser.add_argument(
-        "folders", metavar="FOLDER", nargs="*", default=["storyteller"], help="model folders, or `storyteller`"
+        "folders",
+        metavar="FOLDER",
+        nargs="*",
+        default=["storyteller"],
+        help="model folders or packs (default: storyteller)",
     )
     lengths = parser.add_argument_group("what is measured (lists: 128,512 or 128-1024+128 or 128-1024*2)")
     lengths.add_argument("-p", "--prompts", metavar="N,...", type=_counts, help="prompt lengths, pp (default: 128,512)")
@@ -31,20 +35,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     lengths.add_argument("-b", "--batches", metavar="N,...", type=_counts, help="side by side (default: 1,4,8)")
     lengths.add_argument("-r", "--repetitions", metavar="N", type=int, help="samples of each test (default: 5)")
     lengths.add_argument(
-        "--sample-seconds", metavar="S", type=float, default=0.25, help="repeat what is over sooner (default: 0.25)"
+        "--sample-seconds", metavar="S", type=float, default=0.25, help="run again what is over sooner (default: 0.25)"
     )
-    lengths.add_argument("--threads", metavar="N,...", type=_counts, help="threads that compute, a row for each number")
+    lengths.add_argument(
+        "--threads", metavar="N,...", type=_counts, help="threads that compute, a row for each (default: the cores)"
+    )
     lengths.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ..., or auto (the default)")
-    lengths.add_argument("--text", metavar="FILE", type=Path, help="held-out text to measure quality over, UTF-8")
-    lengths.add_argument("--quality-tokens", metavar="N", type=int, help="at most so many of it; 0 leaves quality out")
+    lengths.add_argument(
+        "--text", metavar="FILE", type=Path, help="text to measure quality over (default: the storyteller's)"
+    )
+    lengths.add_argument(
+        "--quality-tokens", metavar="N", type=int, help="of the text (default: 4096); 0 leaves quality out"
+    )
     lengths.add_argument("--quick", action="store_true", help="about a minute: 3 repetitions, batch 1, less text")
-    lengths.add_argument("--sustain", metavar="SECONDS", type=float, default=0.0, help="then decode without a pause")
+    lengths.add_argument(
+        "--sustain", metavar="SECONDS", type=float, default=0.0, help="then decode for so long, to see it slow down"
+    )
     add_peer_arguments(parser)
     output = parser.add_argument_group("what is shown")
-    output.add_argument("--format", choices=FORMATS, default="table", help="of the result (default: table)")
+    output.add_argument("--format", choices=FORMATS, default="table", help="how to write the result (default: table)")
     output.add_argument("-o", "--output", metavar="FILE", type=Path, help="write the result there, and show the table")
     output.add_argument("--plot", metavar="FILE", type=Path, help="also draw it, as .png or .svg")
-    output.add_argument("--compare", metavar="REPORT", type=Path, help="against an earlier result of --format json")
+    output.add_argument("--compare", metavar="REPORT", type=Path, help="show changes since an earlier --format json")
 
 
 def run(arguments: argparse.Namespace) -> int:

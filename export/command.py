@@ -47,10 +47,10 @@ def run(arguments: argparse.Namespace) -> int:
             max_context=arguments.max_context,
         )
     else:
-        from gpt2_edge.export.standard_pipeline import export_standard
-
         if arguments.precision != "fp32":
             raise OptionError("the standard flavour is exported as fp32: leave --precision out")
+        from gpt2_edge.export.standard_pipeline import export_standard
+
         manifest = export_standard(
             arguments.checkpoint,
             arguments.output,

@@ -7,6 +7,7 @@ from typing import Any, Final
 from gpt2_edge.errors import CheckpointError
 from gpt2_edge.export.activations import ACTIVATIONS
 from gpt2_edge.export.json_files import read_object
+from gpt2_edge.manifest import MANIFEST_NAME
 
 # The fused attention kernel takes head sizes that are multiples of this; others are padded with zeros, exactly.
 _HEAD_SIZE_MULTIPLE: Final = 8
@@ -64,7 +65,9 @@ def read_config(checkpoint: Path) -> CheckpointConfig:
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint} is not a folder: give the folder of a Hugging Face GPT-2 checkpoint")
     if not path.is_file():
-        raise CheckpointError(f"{checkpoint} is not a checkpoint: it has no config.json")
+        if (checkpoint / MANIFEST_NAME).is_file():
+            raise CheckpointError(f"{checkpoint} is a model folder, not a checkpoint: it is exported already")
+        raise CheckpointError(f"{checkpoint} is not a checkpoint: it has no config.json; give the folder that has it")
     document = read_object(path)
     _refuse_what_is_not_gpt2(path, document)
     fields = _Fields(path, document)

@@ -64,7 +64,8 @@ def download_checkpoint(name: str, revision: str | None = None, offline: bool = 
         try:
             folder = _cached(name, wanted)
         except CheckpointError:
-            raise error from error.__cause__
+            # It may be a path that was typed wrongly.
+            raise CheckpointError(f"{error}; and there is no folder {name} here") from error.__cause__
         print(f"export: {error}; taking what was downloaded before, commit {folder.name}", file=sys.stderr)
         return folder
 

@@ -87,6 +87,7 @@ def test_invalid_utf8_is_one_line_that_says_where(storyteller_int8: Path) -> Non
         (["--max-new-tokens", "-1"], "max_new_tokens is -1: give an integer, 0 or more"),
         (["--seed", "-1"], "seed is -1: give an integer from 0 to 18446744073709551615"),
         (["-n", "0"], "n is 0: give an integer, 1 or more"),
+        (["--logprobs", "3"], "--logprobs is shown with --json only: give both"),
         (["--threads", "0"], "threads is 0: give an integer from 1 to 1024"),
         (["--device", "gpu"], "device is 'gpu': give 'cpu', 'cuda', 'cuda:1' (the second GPU) or 'auto'"),
     ],
@@ -130,6 +131,26 @@ def test_what_is_not_a_model_folder(
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("gpt2.Q8_0.gguf", "is in the format of llama.cpp: export the checkpoint that it was made from"),
+        ("model.safetensors", "has the weights of a checkpoint: export its folder, `gpt2-edge export "),
+        ("model.onnx", "is a file: give the model folder that it lies in"),
+    ],
+)
+def test_a_file_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, message: str) -> None:
+    (tmp_path / name).write_bytes(b"GGUF and more")
+    assert main(["generate", str(tmp_path / name), "a"]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_sealing_a_checkpoint_says_where_it_belongs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    assert main(["seal", str(tmp_path)]) == 1
+    assert "has no .onnx file: give a folder that optimum exported; a checkpoint goes to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     "arguments", [[], ["bogus"], ["generate"], ["generate", "folder"], ["next", "f", "p", "-k", "x"]]
 )
 def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,6 +158,35 @@ def test_wrong_usage_is_status_2(arguments: list[str], capsys: pytest.CaptureFix
         main(arguments)
     assert caught.value.code == 2
     assert "usage: gpt2-edge" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["Once", "--temprature", "1"], "there is no option --temprature: did you mean --temperature?"),
+        (["Once", "--topk=40"], "there is no option --topk: did you mean --top-k?"),
+        (["Once", "--what-is-this"], "there is no option --what-is-this\n"),
+        (
+            ["Once", "upon", "a", "time"],
+            "'upon' is one argument too many: put a text or a path that has spaces in quotes",
+        ),
+    ],
+)
+def test_what_is_typed_wrongly_is_named_with_what_was_meant(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["generate", "storyteller", *arguments])
+    assert caught.value.code == 2
+    assert f"gpt2-edge generate: error: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="only Linux has a disk that is always full")
+def test_a_full_disk_is_said_without_the_systems_number() -> None:
+    with Path("/dev/full").open("wb") as full:
+        command = [sys.executable, "-m", "gpt2_edge", "next", "storyteller", "Once"]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (1, b"gpt2-edge: No space left on device\n")
 
 
 @pytest.mark.parametrize("command", list(_COMMANDS))
@@ -214,3 +264,14 @@ def test_commands_import_only_what_they_need() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True, encoding="utf-8")
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="closes streams as a shell does")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize(
+    "arguments", ["generate storyteller - --max-new-tokens 2", "repl", "doctor --json", "next storyteller -"]
+)
+def test_a_stream_that_is_closed_is_an_empty_one(closed: str, arguments: str) -> None:
+    command = f'exec "{sys.executable}" -m gpt2_edge {arguments} {closed}'
+    done = subprocess.run(["sh", "-c", command], input=b"", capture_output=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, b"")

@@ -2,6 +2,8 @@
 
 import argparse
 import ast
+import dataclasses
+import inspect
 import os
 import re
 import shlex
@@ -12,11 +14,14 @@ from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import get_args
 
 import command_tables
 import pytest
 
+import gpt2_edge
 from gpt2_edge.cli import _COMMANDS
+from gpt2_edge.results import FinishReason
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DOCS = REPOSITORY / "docs"
@@ -111,7 +116,6 @@ def test_programs_run(name: str, tmp_path: Path) -> None:
 
 
 def test_the_graph_without_gpt2_edge_writes_what_gpt2_edge_writes(tmp_path: Path) -> None:
-    import gpt2_edge
     from gpt2_edge.saturation import products_saturate
 
     if products_saturate():
@@ -195,6 +199,37 @@ def test_the_page_of_commands_has_all_arguments(command: str) -> None:
     assert command_tables.tables_in(page)[command] == command_tables.table_of(command), (
         "run python tests/command_tables.py"
     )
+
+
+# Python
+
+
+def public_words() -> Iterator[str]:
+    """Yield what somebody who uses the package may write: names, arguments, options, methods, fields."""
+    from gpt2_edge.quantize import quantize_folder
+
+    yield from (name for name in gpt2_edge.__all__ if not name.startswith("_"))
+    for function in (gpt2_edge.load, gpt2_edge.Model.score, gpt2_edge.Model.generate, quantize_folder):
+        yield from inspect.signature(function).parameters.keys() - {"self", "source", "destination"}
+    for thing in (gpt2_edge.Model, gpt2_edge.Session, gpt2_edge.TextStream, gpt2_edge.Timings, gpt2_edge.Score):
+        yield from (name for name in vars(thing) if not name.startswith("_"))
+    for made in (gpt2_edge.GenerationOptions, gpt2_edge.Generation, gpt2_edge.Timings, gpt2_edge.Piece):
+        yield from (field.name for field in dataclasses.fields(made))
+    for made in (gpt2_edge.TokenLogprobs, gpt2_edge.NextToken, gpt2_edge.Score):
+        yield from (field.name for field in dataclasses.fields(made))
+    yield from get_args(FinishReason)
+
+
+def test_the_page_of_python_names_all_that_is_public() -> None:
+    page = re.sub(r"^```.*?^```$", "", (DOCS / "python.md").read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    named = {word for code in re.findall(r"`([^`\n]+)`", page) for word in re.findall(r"\w+", code)}
+    assert set(public_words()) - named == set()
+
+
+@pytest.mark.parametrize("option", ["max_new_tokens", "min_new_tokens", "keep_tokens"])
+def test_the_page_of_python_has_the_defaults(option: str) -> None:
+    page = (DOCS / "python.md").read_text(encoding="utf-8")
+    assert f"| `{option}` | {getattr(gpt2_edge.GenerationOptions(), option)} |" in page
 
 
 # Messages

@@ -219,6 +219,13 @@ def test_checkpoint_that_is_not_a_folder(given: str, checkpoint: Path, outputs: 
     assert names_in(outputs) == []
 
 
+def test_a_model_folder_is_no_checkpoint(checkpoint: Path, outputs: Path) -> None:
+    (checkpoint / "config.json").rename(checkpoint / "manifest.json")
+    with pytest.raises(CheckpointError, match="is a model folder, not a checkpoint"):
+        export_checkpoint(checkpoint, outputs / "model")
+    assert names_in(outputs) == []
+
+
 def refused_output(checkpoint: Path, destination: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Export to a place that must be refused before any work is done; return the message."""
     monkeypatch.setattr(pipeline, "find_checkpoint", lambda *given: pytest.fail("the checkpoint was read"))

@@ -271,17 +271,18 @@ def test_busy_hub_is_asked_again(part: str, hub: Hub, client: Client) -> None:
 def test_hub_that_stays_busy(hub: Hub, client: Client) -> None:
     hub.failures["api/models"] = [503] * 100
     message = client.refused("gpt2")
-    assert message == f"{hub.address} answers with the error 503"
+    assert message == f"{hub.address} answers with the error 503; and there is no folder gpt2 here"
     assert client.said.count("trying again") == 100 - len(hub.failures["api/models"]) - 1 > 0
 
 
 def test_no_network(hub: Hub, client: Client) -> None:
     nowhere = free_address()
     message = client.refused("gpt2", HF_ENDPOINT=nowhere)
-    assert message == f"cannot reach {nowhere}: Connection refused"
+    cause = f"cannot reach {nowhere}: Connection refused"
+    assert message == f"{cause}; and there is no folder gpt2 here"
     folder = client.download("gpt2")
     assert client.download("gpt2", HF_ENDPOINT=nowhere) == folder
-    assert client.said == f"export: {message}; taking what was downloaded before, commit {COMMIT}\n"
+    assert client.said == f"export: {cause}; taking what was downloaded before, commit {COMMIT}\n"
 
 
 def test_name_that_does_not_resolve(client: Client) -> None:

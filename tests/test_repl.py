@@ -197,6 +197,19 @@ def test_text_shows_what_was_typed_and_what_was_replied(run_here: Run) -> None:
     assert done.stdout == "\n" * 6 + "One two, three four (five)\n"
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no limit of this kind")
+def test_a_text_that_cannot_be_written_leaves_no_file(tmp_path: Path) -> None:
+    import resource
+
+    def limit_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+
+    script = [":set max_new_tokens 0", "A text that is longer than that", ":text story.txt"]
+    done = piped(*script, cwd=tmp_path, preexec_fn=limit_files)
+    assert (done.returncode, done.stderr) == (1, "gpt2-edge: cannot write story.txt: File too large\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_undo_takes_turns_back_one_by_one(run_here: Run) -> None:
     script = [
         ':set stop "\\n"',

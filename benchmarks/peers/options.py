@@ -17,8 +17,10 @@ def add_peer_arguments(parser: argparse.ArgumentParser) -> None:
     """Add `--peers` and what belongs to it."""
     group = parser.add_argument_group("other programs beside them, with the same weights, threads and tests")
     names = ",".join(peer.name for peer in PEERS)
-    group.add_argument("--peers", metavar="NAME,...", help=f"which; all are {names}")
-    group.add_argument("--checkpoint", metavar="FOLDER", type=Path, help="that the model folders were exported from")
+    group.add_argument("--peers", metavar="NAME,...", help=f"some or all of {names}")
+    group.add_argument(
+        "--checkpoint", metavar="FOLDER", type=Path, help="the one that the model folders were exported from"
+    )
     group.add_argument("--yes", action="store_true", help="install peers that are missing, without asking")
 
 
