@@ -272,7 +272,9 @@ class Engine:
         slot, slots = len(self._decoding), min(self._session.slots, self._most_rows)
         with self._lock:
             waiting = list(islice(self._waiting, _CANDIDATES))
-            rows = self._prefill.companions(first, slot, waiting, slots - slot)
+        # Without the lock, because the session may try prompts out. Others only append to the queue meanwhile.
+        rows = self._prefill.companions(first, slot, waiting, slots - slot)
+        with self._lock:
             for row in rows:
                 self._waiting.remove(row)
         for row in rows:
