@@ -16,6 +16,7 @@ def quantize_folder(
     recipe: str | None = None,
     cache: str = "fp32",
     calibration: str | Path | None = None,
+    text: str | Path | None = None,
 ) -> None:
     """Quantize an fp32 model folder; the new one appears whole or not at all.
 
@@ -25,7 +26,8 @@ def quantize_folder(
         precision: "int8" or "int4".
         recipe: As `gpt2-edge quantize --recipe` names it; None takes the default of the precision.
         cache: How keys and values are kept, "fp32" or "int8".
-        calibration: A UTF-8 text file for recipes that look at a text; None takes what the model writes itself.
+        calibration: A UTF-8 file, a text to look at while rounding; None takes what suits the model.
+        text: A UTF-8 file, a text to measure the quality over; None takes what suits the model.
 
     Raises:
         OptionError: There is no such precision, recipe or cache, or the text cannot be read.
@@ -36,4 +38,11 @@ def quantize_folder(
     from gpt2_edge.quantize.recipes import default_recipe, recipe_named
 
     chosen = default_recipe(precision) if recipe is None else recipe_named(recipe, precision)
-    run(source, Path(destination), chosen, calibration=None if calibration is None else Path(calibration), cache=cache)
+    run(
+        source,
+        Path(destination),
+        chosen,
+        text=None if text is None else Path(text),
+        calibration=None if calibration is None else Path(calibration),
+        cache=cache,
+    )
