@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from onnx_ir import Graph, Value
 
+from gpt2_edge.errors import QuantizationError
 from gpt2_edge.quantize.graph_edit import NewNodes, constant, graph_input
 
 # What a Gelu returns is never below -0.17. With 32 as the zero of its 8-bit integers, 32 steps reach that far down as
@@ -45,7 +46,12 @@ def integer_product(
 
     Returns:
         Shape [rows, outputs].
+
+    Raises:
+        QuantizationError: x has another shape.
     """
+    if x.shape is None or len(x.shape) != 2:
+        raise QuantizationError(f"the graph was made by an older release ({nodes.name}): export the model again")
 
     def single(value: np.generic, what: str) -> Value:
         return constant(graph, f"integer_product.{what}", np.asarray(value))

@@ -1,6 +1,6 @@
 """The quantization recipes: data, not code."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from gpt2_edge.errors import OptionError
@@ -97,6 +97,15 @@ def _gptq(bits: int, block_size: int) -> MatrixFormat:
     return MatrixFormat(bits, block_size, "gptq")
 
 
+_INT4_SMALL: Final = Recipe(
+    "int4-small",
+    "int4",
+    _gptq(4, 128),
+    _gptq(4, 128),
+    "the smallest: 8 bits for a tenth of the vocabulary only",
+    promotion=Promotion(_gptq(8, 64), first_tokens=0.1),
+    float_bits=16,
+)
 # Blocks of at most 64 at 8 bits and 32 at 4 bits: with larger ones the kernel gives a row other bits in a batch than
 # alone.
 _ALL: Final = (
@@ -121,25 +130,13 @@ _ALL: Final = (
         promotion=Promotion(_gptq(8, 64), first_tokens=0.75, layers=("attn.c_proj.weight", "mlp.c_fc.weight")),
         float_bits=16,
     ),
-    Recipe(
-        "int4-small",
-        "int4",
-        _gptq(4, 128),
-        _gptq(4, 128),
-        "the smallest: 8 bits for a tenth of the vocabulary only",
-        promotion=Promotion(_gptq(8, 64), first_tokens=0.1),
-        float_bits=16,
-    ),
+    _INT4_SMALL,
     # Products with 7 bits saturate nowhere; with 8, ONNX Runtime has a remedy, which does not reach into branches.
-    Recipe(
-        "int4-fast",
-        "int4",
-        _gptq(4, 128),
-        _gptq(4, 128),
-        "the fastest: int4-small, with matrices like those of int8 for prompts",
-        promotion=Promotion(_gptq(8, 64), first_tokens=0.1),
+    replace(
+        _INT4_SMALL,
+        name="int4-fast",
+        note="the fastest: int4-small, with matrices like those of int8 for prompts",
         prompt=_nearest(7, None),
-        float_bits=16,
     ),
 )
 RECIPES: Final = {recipe.name: recipe for recipe in _ALL}

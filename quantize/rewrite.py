@@ -206,7 +206,7 @@ class _Rewriter:
         nodes = NewNodes(name)
         if first_format.block_size is None:
             steps, scales = round_matrix(layer.matrix, first_format, None)
-            output = self._integer_product(nodes, layer.x, steps, scales, layer.bias_beside(steps * scales))
+            output = integer_product(self._graph, nodes, layer.x, steps, scales, layer.bias_beside(steps * scales))
             self._graph.insert_before(before, nodes.nodes)
             return output
         tables = [self._rounded(*part, layer.hessian) for part in _rows_of(layer.matrix, formats)]
@@ -239,18 +239,6 @@ class _Rewriter:
         ]
         return self._stored[name]
 
-    def _integer_product(
-        self,
-        nodes: NewNodes,
-        x: Value,
-        steps: npt.NDArray[np.int8],
-        scales: npt.NDArray[np.float32],
-        bias: npt.NDArray[np.float32],
-    ) -> Value:
-        if x.shape is None or len(x.shape) != 2:
-            raise QuantizationError(f"the graph was made by an older release ({nodes.name}): export the model again")
-        return integer_product(self._graph, nodes, x, steps, scales, bias)
-
     def insert_prompt_products(self) -> None:
         """Let the other matrices compute many tokens: only now, because what was calibrated is what decodes."""
         for layer in self._prompt_layers:
@@ -261,7 +249,7 @@ class _Rewriter:
             bias = layer.bias_difference
             if len(node.inputs) > _BIAS_INPUT:
                 bias = bias + array_of(node.inputs[_BIAS_INPUT])
-            product = self._integer_product(many, layer.x, layer.steps, layer.scales, bias)
+            product = integer_product(self._graph, many, layer.x, layer.steps, layer.scales, bias)
             attributes = {name: attribute.value for name, attribute in node.attributes.items()}
             outputs = few.node(node.op_type, node.inputs, domain=node.domain, **attributes)
             replace_by_branches(self._graph, node, (few, outputs), (many, [product]))

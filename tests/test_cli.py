@@ -231,7 +231,7 @@ def test_score_goes_on_after_a_document_that_cannot_be_scored(storyteller_int8: 
     assert done.returncode == 1
     assert done.stdout.decode().rstrip().endswith(str(good))
     assert f"{empty}: the text has 0 tokens" in done.stderr.decode()
-    assert f"cannot read {missing}" in done.stderr.decode()
+    assert f"gpt2-edge: {missing}: it cannot be read: No such file or directory\n" in done.stderr.decode()
 
 
 def test_info_and_verify(storyteller_int8: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,7 @@ def session_of(steps: npt.NDArray[np.int8], scales: FloatArray, bias: FloatArray
     last = onnx_ir.node("Identity", [first.outputs[0]])
     last.outputs[0].name = "y"
     last.outputs[0].type = onnx_ir.TensorType(onnx_ir.DataType.FLOAT)
+    first.outputs[0].shape = onnx_ir.Shape(["rows", steps.shape[1]])
     last.outputs[0].shape = onnx_ir.Shape(["rows", len(steps)])
     graph = onnx_ir.Graph(
         [input_ids, x],

@@ -241,7 +241,7 @@ def test_json_has_an_object_for_each_document_in_order(
     printed = capsys.readouterr()
     objects = [json.loads(line) for line in printed.out.splitlines()]
     assert [each["document"] for each in objects] == [str(path) for path in (missing, bad, king, long)]
-    assert "cannot read" in objects[0]["error"]
+    assert objects[0]["error"] == "it cannot be read: No such file or directory"
     assert "not UTF-8" in objects[1]["error"]
     for each, path in zip(objects[2:], (king, long), strict=True):
         score = tiny.score(path.read_text(encoding="utf-8"))

@@ -98,4 +98,4 @@ def _open(path: str) -> AbstractContextManager[BufferedReader]:
 
 
 def _unreadable(path: str, error: OSError) -> Document:
-    return Document(path, b"", PromptError(f"cannot read {path}: {error.strerror or error}"))
+    return Document(path, b"", PromptError(f"it cannot be read: {error.strerror or error}"))

@@ -208,9 +208,10 @@ class _Table(_Report):
         super().__init__(output)
         self._documents = self._tokens = self._scored_tokens = 0
         self._total_logprob = 0.0
-        output.print(f"{'tokens':>7}  {'log-probability':>15}  {'perplexity':>10}  document")
 
     def add(self, name: str, score: Score) -> None:
+        if not self._documents:
+            self._output.print(f"{'tokens':>7}  {'log-probability':>15}  {'perplexity':>10}  document")
         self._documents += 1
         self._tokens += len(score.tokens)
         self._scored_tokens += len(score.logprobs)
