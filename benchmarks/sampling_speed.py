@@ -75,7 +75,7 @@ def measure(keywords: OptionKeywords, logits: list[Logits], repetitions: int) ->
     for repetition in range(repetitions + 1):
         np.copyto(computed, logits[repetition % len(logits)])  # in the cache, as after the model's last layer
         started_at = time.perf_counter()
-        chooser.choose(computed, prompt, continuation)
+        chooser.report(computed, chooser.choose(computed, prompt, continuation))
         seconds.append(time.perf_counter() - started_at)
     return statistics.median(seconds[1:])  # the first reads the prompt
 

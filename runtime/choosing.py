@@ -5,7 +5,7 @@ The steps and their order are specified in `docs/sampling.md`.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Final, NamedTuple
+from typing import Any, Final
 
 import numpy as np
 
@@ -27,13 +27,6 @@ _CHANGE_LOGITS: Final = (
     "banned_tokens",
     "min_new_tokens",
 )
-
-
-class Choice(NamedTuple):
-    """A chosen token, and its log-probabilities if the options ask for them."""
-
-    token: int
-    logprobs: TokenLogprobs | None
 
 
 class TokenChooser:
@@ -65,13 +58,16 @@ class TokenChooser:
         self.is_plainly_greedy = is_plain and options.effective_temperature == 0
         self._plain_draw = self._peaked_draw if is_plain else None
         self._history: TokenHistory | None = None
+        # A result that is written to what exists already reaches Python sooner than a new number of numpy's.
+        self._likeliest = np.zeros((), np.intp)
+        self._likeliest_view: Any = self._likeliest.data
 
     @property
     def position(self) -> int:
         """How many random numbers were drawn; a chooser that starts there goes on with the same ones."""
         return self._uniform.position
 
-    def choose(self, logits: Logits, prompt: Sequence[int], continuation: Sequence[int]) -> Choice:
+    def choose(self, logits: Logits, prompt: Sequence[int], continuation: Sequence[int]) -> int:
         """Choose the next token.
 
         Args:
@@ -85,19 +81,28 @@ class TokenChooser:
         """
         # The same as below, without touching more code than needed: it has to be fetched anew after every step.
         if self.is_plainly_greedy:
-            likeliest = int(logits.argmax())
-            if -math.inf < logits.item(likeliest) < math.inf:
-                return Choice(likeliest, None)
+            logits.argmax(0, self._likeliest)
+            likeliest: int = self._likeliest_view[()]
+            largest = logits.item(likeliest)
+            if -math.inf < largest < math.inf:
+                return likeliest
         elif self._plain_draw is not None:
             drawn = self._plain_draw.draw(logits)
             if drawn is not None:
-                return Choice(drawn, None)
+                return drawn
         if self._always_changes or self._holds_back(continuation):
-            token = self._choose_from_changed(logits, prompt, continuation)
-        else:
-            token = self._choose_from(logits)
+            return self._choose_from_changed(logits, prompt, continuation)
+        return self._choose_from(logits)
+
+    def report(self, logits: Logits, token: int) -> TokenLogprobs | None:
+        """Return the log-probabilities that the options ask for, if they do.
+
+        Args:
+            logits: Those that the token was chosen from, shape [vocabulary].
+            token: What was chosen.
+        """
         count = self._options.logprobs
-        return Choice(token, None if count is None else report_logprobs(logits, token, count))
+        return None if count is None else report_logprobs(logits, token, count)
 
     def _choose_from(self, logits: Logits) -> int:
         token = None if self._peaked_draw is None else self._peaked_draw.draw(logits)

@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from gpt2_edge.choosing import Choice, TokenChooser
+from gpt2_edge.choosing import TokenChooser
 from gpt2_edge.errors import LogitsError
 from gpt2_edge.options import GenerationOptions
 from gpt2_edge.results import FinishReason, Generation, Piece, Timings, TokenLogprobs
@@ -100,25 +100,26 @@ class GenerationRow(Row):
 
     def receive(self, logits: Logits) -> None:
         """Choose the next token and decide whether it is the last."""
-        self._take(self._chooser.choose(logits[0], self._prompt, self._continuation))
+        token = self._chooser.choose(logits[0], self._prompt, self._continuation)
+        self._take(token, self._chooser.report(logits[0], token))
 
     def receive_likeliest(self, token: int) -> None:
         """Take the token that was chosen for it."""
-        self._take(Choice(token, None))
+        self._take(token, None)
 
-    def _take(self, choice: Choice) -> None:
+    def _take(self, token: int, logprobs: TokenLogprobs | None) -> None:
         self._last_token_at = time.perf_counter()
         self._chosen += 1
         if self._chosen == 1:
             self._first_token_at = self._last_token_at
-        if choice.token in self._final_tokens:
-            self._end_at(choice.token)
+        if token in self._final_tokens:
+            self._end_at(token)
             return
-        self.tokens.append(choice.token)
-        self._continuation.append(choice.token)
-        if choice.logprobs is not None:
-            self._logprobs.append(choice.logprobs)
-        self._emit(self._assembler.add(choice.token, may_stop=len(self._continuation) > self._options.min_new_tokens))
+        self.tokens.append(token)
+        self._continuation.append(token)
+        if logprobs is not None:
+            self._logprobs.append(logprobs)
+        self._emit(self._assembler.add(token, may_stop=len(self._continuation) > self._options.min_new_tokens))
         if self._assembler.stop is not None:
             self._end_at(self._assembler.stop)
         elif self._chosen == self._options.max_new_tokens:

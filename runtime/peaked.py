@@ -32,6 +32,8 @@ _WIDENING: Final = 1.5  # of the gap, if there are too few
 _TRIES: Final = 4  # of gaps
 _HALVINGS: Final = 8  # of the gap, until it holds not many more than top-k keeps
 _GUESSES: Final = (128.0, 32.0)  # of the nucleus' border: times what all together weigh too little to be in it
+_PEAKED_GUESS: Final = 512.0  # before them, if the likeliest token has a quarter of the sum or more
+_SUM_OF_PEAKED: Final = 4.0  # of the weights, of which the likeliest is 1
 _NEARLY_ENOUGH: Final = 0.9  # of the nucleus: with less, the next guess seldom holds either
 _LESS_LIKELY: Final = 0.1  # times min-p: as likely are tokens that show what the rest weighs at least
 _PIECE: Final = 8192  # weights that are computed and added up at once; from 10,000 on some libraries start threads
@@ -70,6 +72,8 @@ class PeakedDraw:
         self._threshold, self._largest = np.zeros((), np.float32), np.zeros((), np.float32)
         self._threshold_view: Any = self._threshold.data
         self._largest_view: Any = self._largest.data
+        self._likeliest = np.zeros((), np.intp)
+        self._likeliest_view: Any = self._likeliest.data
         self._factor = np.array(1 / self._temperature, np.float32)
         self._is_above = np.empty(0, np.bool_)
         self._weights, self._ones = np.empty(0, np.float32), np.empty(0, np.float32)
@@ -83,7 +87,8 @@ class PeakedDraw:
         Returns:
             None if this is not the way for these logits; no number was drawn then.
         """
-        largest = logits.item(logits.argmax())
+        logits.argmax(0, self._likeliest)
+        largest = logits.item(self._likeliest_view[()])
         if not abs(largest) < _LARGEST_LOGIT * self._temperature:  # NaN neither
             return None
         if self._is_above.size != logits.size:
@@ -169,7 +174,8 @@ class PeakedDraw:
         total = self._sum_of_weights(logits, largest)
         target = max(self._top_p * total, _SMALLEST_WEIGHT)
         bound = 0.99 * (1 - self._top_p) * total / logits.size  # a little less, because sums are rounded
-        for guess in _GUESSES:
+        guesses = _GUESSES if total > _SUM_OF_PEAKED else (_PEAKED_GUESS, *_GUESSES)
+        for guess in guesses:
             lowest = min(max(guess * bound, self._min_p), 1.0)
             token_ids = self._find(logits, self._logit_of(lowest, largest))
             if token_ids.size > _HALVED_AT_MOST:
@@ -181,7 +187,7 @@ class PeakedDraw:
             mass = float(weights.dot(self._ones[: weights.size]))
             if lowest == self._min_p or mass > target:
                 return self._draw_of_weights(token_ids, weights, lowest, target)
-            if mass < _NEARLY_ENOUGH * target:
+            if guess != _PEAKED_GUESS and mass < _NEARLY_ENOUGH * target:
                 break
         return None
 

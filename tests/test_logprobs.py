@@ -14,22 +14,31 @@ from sampling_reference import (
     random_cases,
 )
 
-from gpt2_edge import GenerationOptions
+from gpt2_edge import GenerationOptions, TokenLogprobs
 from gpt2_edge.choosing import TokenChooser
+
+
+def chosen(
+    options: GenerationOptions, logits: Float32s, prompt: Sequence[int] = (0,), continuation: Sequence[int] = ()
+) -> tuple[int, TokenLogprobs | None]:
+    """Return a chosen token and what is reported of it."""
+    chooser = TokenChooser(options, 1, [])
+    token = chooser.choose(logits, prompt, continuation)
+    return token, chooser.report(logits, token)
 
 
 @pytest.mark.parametrize("more", [{}, {"temperature": 2.0, "top_k": 3}, {"banned_tokens": [1], "logit_bias": {2: 5}}])
 def test_logprobs_are_those_of_the_model(more: Options) -> None:
     for case in random_cases(13, 10, []):
         options = GenerationOptions(**more, logprobs=7)
-        choice = TokenChooser(options, 1, []).choose(case.logits, case.prompt, case.continuation)
+        token, logprobs = chosen(options, case.logits, case.prompt, case.continuation)
         exact = torch.log_softmax(torch.from_numpy(case.logits).double(), 0)
         values, tokens = exact.topk(7)
-        assert choice.logprobs is not None
-        assert choice.logprobs.token == choice.token
-        assert choice.logprobs.logprob == pytest.approx(exact[choice.token].item(), abs=1e-12)
-        assert [token for token, _ in choice.logprobs.likeliest] == tokens.tolist()
-        assert [logprob for _, logprob in choice.logprobs.likeliest] == pytest.approx(values.tolist(), abs=1e-12)
+        assert logprobs is not None
+        assert logprobs.token == token
+        assert logprobs.logprob == pytest.approx(exact[token].item(), abs=1e-12)
+        assert [token for token, _ in logprobs.likeliest] == tokens.tolist()
+        assert [logprob for _, logprob in logprobs.likeliest] == pytest.approx(values.tolist(), abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -44,16 +53,16 @@ def test_logprobs_are_those_of_the_model(more: Options) -> None:
 )
 def test_logprobs_by_hand(count: int, expected: list[tuple[int, float]]) -> None:
     logits = logits_of(0.125, 0.5, 0.125, 0.125, 0.125, 0.0)
-    choice = TokenChooser(GenerationOptions(logprobs=count, banned_tokens=[1]), 1, []).choose(logits, [0], [])
-    assert choice.token == 0
-    assert choice.logprobs is not None
-    assert choice.logprobs.logprob == pytest.approx(math.log(0.125), abs=1e-7)
-    found = [(token, math.exp(logprob)) for token, logprob in choice.logprobs.likeliest]
+    token, logprobs = chosen(GenerationOptions(logprobs=count, banned_tokens=[1]), logits)
+    assert token == 0
+    assert logprobs is not None
+    assert logprobs.logprob == pytest.approx(math.log(0.125), abs=1e-7)
+    found = [(token, math.exp(logprob)) for token, logprob in logprobs.likeliest]
     assert found == [(token, pytest.approx(probability, abs=1e-7)) for token, probability in expected]
 
 
 def test_logprobs_are_off_by_default() -> None:
-    assert TokenChooser(GenerationOptions(), 1, []).choose(LOGITS, [0], []).logprobs is None
+    assert chosen(GenerationOptions(), LOGITS)[1] is None
 
 
 def test_the_logprob_of_a_token_that_the_model_excludes() -> None:
@@ -61,7 +70,7 @@ def test_the_logprob_of_a_token_that_the_model_excludes() -> None:
         logits[0] = 9
 
     options = GenerationOptions(logprobs=1, logits_processor=insist)
-    choice = TokenChooser(options, 1, []).choose(logits_of(0, 0.5, 0.5), [0], [])
-    assert choice.token == 0
-    assert choice.logprobs is not None
-    assert choice.logprobs.logprob == -INFINITY
+    token, logprobs = chosen(options, logits_of(0, 0.5, 0.5))
+    assert token == 0
+    assert logprobs is not None
+    assert logprobs.logprob == -INFINITY

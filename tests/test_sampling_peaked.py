@@ -147,7 +147,7 @@ def test_top_k_widens_its_gap_until_enough_are_found(gap: float, is_the_way: boo
     numbers.number = JUST_BELOW_ONE
     assert draw.draw(logits) == ((40_000 if gap < 30 else 7) if is_the_way else None)
     chooser = TokenChooser(GenerationOptions(top_k=3), 1, [])
-    assert {chooser.choose(logits, [0], []).token for _ in range(20)} <= {7, 9}
+    assert {chooser.choose(logits, [0], []) for _ in range(20)} <= {7, 9}
 
 
 @pytest.mark.parametrize(("deviation", "is_the_way"), [(4.0, True), (2.2, True), (1.0, False)])
@@ -168,9 +168,9 @@ def test_flat_logits_are_drawn_the_other_way(options: Options) -> None:
     exact = reference_drawn(logits.astype(np.float64), options)
     chooser = TokenChooser(GenerationOptions(**options), 4, [])
     if options.get("min_p") == 1.0 or options.get("top_k") == 1 or options.get("top_p") == 0.0:
-        assert chooser.choose(logits, [0], []).token == np.argmax(logits)
+        assert chooser.choose(logits, [0], []) == np.argmax(logits)
         return
-    tokens = {chooser.choose(logits, [0], []).token for _ in range(30)}
+    tokens = {chooser.choose(logits, [0], []) for _ in range(30)}
     # Where so many are alike, rounding decides which of those on the border are kept.
     near = logits > logits[exact.probabilities > 0].min() - 1e-3
     assert all(near[token] for token in tokens)
@@ -213,7 +213,7 @@ def test_borders_by_hand(options: Options, probabilities: list[float], expected:
         chooser._plain_draw._uniform = numbers
     tokens = []
     for numbers.number in (np.arange(840) + 0.5) / 840:
-        tokens.append(chooser.choose(logits, [0], []).token)
+        tokens.append(chooser.choose(logits, [0], []))
     assert tokens == sorted(tokens)
     shares = [tokens.count(place) / len(tokens) for place in places]
     assert shares == pytest.approx(expected, abs=1.5 / 840)
@@ -232,7 +232,7 @@ def test_one_of_two_equal_ones_lies_across_the_border(top_p: float) -> None:
     is_the_way = len(kept) % 2 == 0
     assert draw.draw(logits) == (kept[-1] if is_the_way else None)
     chooser = TokenChooser(GenerationOptions(top_p=top_p), 1, [])
-    assert {chooser.choose(logits, [0], []).token for _ in range(200)} <= set(kept)
+    assert {chooser.choose(logits, [0], []) for _ in range(200)} <= set(kept)
 
 
 def test_min_p_drops_what_top_p_keeps_where_many_are_nearly_as_likely() -> None:
@@ -249,7 +249,7 @@ def test_all_but_one_impossible(options: Options) -> None:
     logits = np.full(VOCABULARY, -np.inf, np.float32)
     logits[31_007] = -80
     chooser = TokenChooser(GenerationOptions(**options), 2, [])
-    assert [chooser.choose(logits, [0], []).token for _ in range(3)] == [31_007] * 3
+    assert [chooser.choose(logits, [0], []) for _ in range(3)] == [31_007] * 3
     assert chooser.position == 3
 
 
@@ -310,7 +310,7 @@ def test_logits_as_low_as_float32_holds_overflow_nowhere(options: Options) -> No
 )
 def test_options_that_it_is_not_for(options: Options) -> None:
     assert not can_draw(GenerationOptions(**options))
-    assert TokenChooser(GenerationOptions(**options), 1, []).choose(peaked_logits(9), [0], []).token < VOCABULARY
+    assert TokenChooser(GenerationOptions(**options), 1, []).choose(peaked_logits(9), [0], []) < VOCABULARY
 
 
 @pytest.mark.parametrize("options", NARROWINGS, ids=str)
@@ -348,5 +348,5 @@ def test_both_ways_draw_the_same() -> None:
             logits = peaked_logits(100 + seed)
             chooser = TokenChooser(GenerationOptions(**options), seed, [])
             other = choosing.choose_token(logits, GenerationOptions(**options), RandomUniform(seed))
-            different += chooser.choose(logits, [0], []).token != other
+            different += chooser.choose(logits, [0], []) != other
     assert different <= 1

@@ -76,7 +76,7 @@ def continue_with(chooser: TokenChooser, said: list[int], count: int) -> list[in
     """Choose `count` more tokens."""
     said = list(said)
     for step in range(len(said), len(said) + count):
-        said.append(chooser.choose(arithmetic_logits(600, step), [1, 2, 3], said).token)
+        said.append(chooser.choose(arithmetic_logits(600, step), [1, 2, 3], said))
     return said
 
 
@@ -170,7 +170,7 @@ def assert_fits(tokens: list[int], probabilities: Float64s) -> None:
 def test_100_000_chosen_tokens_follow_the_distribution() -> None:
     logits = np.random.default_rng(10).normal(0, 1, 50).astype(np.float32)
     chooser = TokenChooser(GenerationOptions(temperature=1.3), 77, [])
-    tokens = [chooser.choose(logits, [0], ()).token for _ in range(100_000)]
+    tokens = [chooser.choose(logits, [0], ()) for _ in range(100_000)]
     assert_fits(tokens, reference_drawn(logits.astype(np.float64), {"temperature": 1.3}).probabilities)
 
 

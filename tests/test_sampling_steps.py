@@ -84,14 +84,14 @@ def test_combinations_equal_the_reference_to_the_drawn_token() -> None:
     for seed, case in enumerate(random_cases(6, 300, [*CHANGING, *NARROWING], share=0.4)):
         changed = reference_logits(case.logits, case.options, case.prompt, case.continuation, case.final)
         options = GenerationOptions(**case.options)
-        choice = TokenChooser(options, seed, case.final).choose(case.logits, case.prompt, case.continuation)
+        token = TokenChooser(options, seed, case.final).choose(case.logits, case.prompt, case.continuation)
         if options.effective_temperature == 0:
-            assert choice.token == np.argmax(changed)
+            assert token == np.argmax(changed)
             continue
         ends = np.cumsum(reference_drawn(changed, case.options).probabilities)
         uniform = RandomUniform(seed).draw()
         if np.abs(ends - uniform).min() > SLACK:
-            assert choice.token == np.searchsorted(ends, uniform, side="right")
+            assert token == np.searchsorted(ends, uniform, side="right")
 
 
 # By hand: the steps that change logits. The model's logits are 2, -2, 0, 1.
@@ -153,14 +153,14 @@ def test_the_processor_comes_after_the_options_and_before_the_choice() -> None:
     padded = np.append(LOGITS, [-INFINITY, -INFINITY]).astype(np.float32)[:4]
     for more in ({}, {"top_k": 1}, {"temperature": 1.0, "top_p": 0.1}):
         chooser = TokenChooser(GenerationOptions(banned_tokens=[3], logits_processor=swap, **more), 1, [])
-        assert chooser.choose(padded, [5, 0], [3]).token == 3
+        assert chooser.choose(padded, [5, 0], [3]) == 3
 
 
 def test_the_temperature_comes_after_the_penalties() -> None:
     """Probabilities 4 : 1, the first token said once: a frequency penalty of log 4 makes them even."""
     options: Options = {"temperature": 0.5, "frequency_penalty": math.log(4), "min_p": 0.9}
     chooser = TokenChooser(GenerationOptions(**options), 3, [])
-    tokens = {chooser.choose(logits_of(0.8, 0.2), [1], [0]).token for _ in range(50)}
+    tokens = {chooser.choose(logits_of(0.8, 0.2), [1], [0]) for _ in range(50)}
     assert tokens == {0, 1}
 
 
@@ -257,14 +257,14 @@ def test_greedy_applies_the_steps_that_change_logits() -> None:
     options = GenerationOptions(frequency_penalty=1.5, temperature=0)
     chooser, said = TokenChooser(options, 1, []), []
     for _ in range(5):
-        said.append(chooser.choose(LOGITS, [0], said).token)
+        said.append(chooser.choose(LOGITS, [0], said))
     assert said == [0, 3, 0, 2, 3]  # 2 1 0 -> .5 1 0 -> .5 -.5 0 -> -1 -.5 0 -> -1 -.5 -1.5
     assert chooser.position == 0
 
 
 def test_equals_go_to_the_lowest_id_after_the_changes() -> None:
     chooser = TokenChooser(GenerationOptions(logit_bias={3: 1.0, 2: 2.0}, banned_tokens=[0]), 1, [])
-    assert chooser.choose(LOGITS, [0], []).token == 2
+    assert chooser.choose(LOGITS, [0], []) == 2
 
 
 # What is given is not changed.
@@ -303,5 +303,5 @@ def test_the_processor_cannot_disturb_the_history() -> None:
     chooser = TokenChooser(options, 1, [])
     prompt, said = [3], [1]
     for _ in range(3):
-        said.append(chooser.choose(LOGITS, prompt, said).token)
+        said.append(chooser.choose(LOGITS, prompt, said))
     assert (prompt, said) == ([3], [1, 0, 0, 0])
