@@ -54,6 +54,15 @@ class CalibrationRun:
         copy = Model(self._model.graph.clone(), ir_version=self._model.ir_version)
         return CalibrationRun(copy, self._architecture, self._windows)
 
+    def vectors(self, value: Value) -> list[FloatArray]:
+        """Return what a value is, for each window of shape [tokens, width].
+
+        Args:
+            value: What a matrix is multiplied with. Ask in the order of the graph.
+        """
+        self.advance_to(value)
+        return [_vectors(live[value]) for live in self._live]
+
     def mean(self, value: Value) -> FloatArray:
         """Return the mean of the vectors that a value has in all windows, shape [width].
 

@@ -19,6 +19,7 @@ from gpt2_edge.quantize.graph_edit import array_of, is_weight, only_consumer, re
 FloatArray = npt.NDArray[np.float32]
 
 _LEAST: Final = np.float32(1e-6)
+_WITH_BIAS: Final = ("MatMulIntegerToFloat", "MatMulNBits")  # as their last input
 
 
 @dataclass(slots=True)
@@ -102,7 +103,7 @@ def _addition_of_bias(attention: Node) -> tuple[Node, int] | None:
         return None
     node = source_of(packed)
     for index, value in enumerate(node.inputs):
-        is_bias = node.op_type == "Add" or (node.op_type == "MatMulNBits" and index == len(node.inputs) - 1)
+        is_bias = node.op_type == "Add" or (node.op_type in _WITH_BIAS and index == len(node.inputs) - 1)
         if is_bias and value is not None and is_weight(value) and array_of(value).ndim == 1:
             return node, index
     return None

@@ -11,6 +11,7 @@ import numpy.typing as npt
 from onnx_ir import Graph, Value
 
 from gpt2_edge.errors import QuantizationError
+from gpt2_edge.quantize.fixed_rounding import FixedRounding
 from gpt2_edge.quantize.graph_edit import NewNodes, constant, graph_input
 
 # What a Gelu returns is never below -0.17. With 32 as the zero of its 8-bit integers, 32 steps reach that far down as
@@ -85,6 +86,56 @@ def integer_product(
     )
     scaled = nodes.value("Mul", [product, row_scales])
     return nodes.value("Add", [scaled, constant(graph, f"{nodes.name}.bias", bias)])
+
+
+def fixed_integer_product(
+    graph: Graph,
+    nodes: NewNodes,
+    x: Value,
+    rounding: FixedRounding,
+    steps: npt.NDArray[np.int8],
+    scales: npt.NDArray[np.float32],
+    bias: npt.NDArray[np.float32],
+) -> Value:
+    """Make the nodes that compute the same with one rounding for all rows.
+
+    Args:
+        graph: As in `integer_product`.
+        nodes: As there.
+        x: Shape [rows, inputs].
+        rounding: Of `x`.
+        steps: As in `integer_product`.
+        scales: As there.
+        bias: As there.
+
+    Returns:
+        Shape [rows, outputs].
+    """
+    step = constant(graph, f"{nodes.name}.input_step", np.asarray(rounding.step))
+    zero = constant(graph, f"{nodes.name}.input_zero", np.asarray(rounding.zero))
+    inputs = [
+        nodes.value("QuantizeLinear", [x, step, zero]),
+        constant(graph, f"{nodes.name}.quantized", np.ascontiguousarray(steps.T)),
+        step,
+        constant(graph, f"{nodes.name}.scales", scales[:, 0]),
+        zero,
+        None,
+        constant(graph, f"{nodes.name}.bias", bias),
+    ]
+    (product,) = nodes.node("MatMulIntegerToFloat", inputs, domain="com.microsoft")
+    return product
+
+
+def row_steps(x: Value, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Return the step that `integer_product` gives each row of what a value may be, shape [rows]."""
+    if _is_gelu(x):
+        least = np.float32(-_GELU_LOWEST / _GELU_ZERO)
+        steps: npt.NDArray[np.float32] = np.maximum(
+            vectors.max(axis=1) / np.float32(_ROUNDED_LARGEST - _GELU_ZERO), least
+        )
+    else:
+        steps = np.abs(vectors).max(axis=1) / np.float32(_SYMMETRIC_STEPS)
+    return steps
 
 
 def _elements_are_rows(graph: Graph, x: Value) -> Value | None:

@@ -59,6 +59,8 @@ class Recipe:
         prompt: How the matrices of the blocks are stored once more, for computing many tokens at once; None computes
             them with those that compute one.
         float_bits: Of the floats that are stored for each block and each position, 16 or 32.
+        fixed_rounding: Whether the inputs of matrices with one scale for each output are rounded in the same way for
+            all rows, by what they are over the calibration text; else each row has a step of its own.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Recipe:
     promotion: Promotion | None = None
     prompt: MatrixFormat | None = None
     float_bits: int = 32
+    fixed_rounding: bool = False
 
     def linear_format(self, name: str) -> MatrixFormat:
         """Return how a matrix of the blocks is stored."""
@@ -110,6 +113,7 @@ _INT4_SMALL: Final = Recipe(
 # alone.
 _ALL: Final = (
     Recipe("int8", "int8", _nearest(8, None), _nearest(8, 64), "fast prompts"),
+    Recipe("int8-fast", "int8", _nearest(8, None), _nearest(8, 64), "faster prompts, less close", fixed_rounding=True),
     Recipe("int8-block64", "int8", _nearest(8, 64), _nearest(8, 64), "closer, but slower prefill"),
     Recipe("int8-block32", "int8", _nearest(8, 32), _nearest(8, 32), "closest, and 6 % larger than int8-block64"),
     Recipe(
@@ -135,8 +139,9 @@ _ALL: Final = (
     replace(
         _INT4_SMALL,
         name="int4-fast",
-        note="the fastest: int4-small, with matrices like those of int8 for prompts",
+        note="the fastest: int4-small, with matrices like those of int8-fast for prompts",
         prompt=_nearest(7, None),
+        fixed_rounding=True,
     ),
 )
 RECIPES: Final = {recipe.name: recipe for recipe in _ALL}

@@ -22,6 +22,7 @@ from gpt2_edge.quantize.branches import replace_by_branches
 from gpt2_edge.quantize.calibration import CalibrationRun, Hessian
 from gpt2_edge.quantize.centring import LinearLayer, centre
 from gpt2_edge.quantize.compensation import compensate
+from gpt2_edge.quantize.fixed_rounding import FixedRounding, fix_rounding
 from gpt2_edge.quantize.gptq import FloatArray
 from gpt2_edge.quantize.graph_edit import (
     NewNodes,
@@ -34,7 +35,7 @@ from gpt2_edge.quantize.graph_edit import (
     replace_nodes,
 )
 from gpt2_edge.quantize.half_floats import as_half, through_half
-from gpt2_edge.quantize.integer_product import integer_product
+from gpt2_edge.quantize.integer_product import fixed_integer_product, integer_product, row_steps
 from gpt2_edge.quantize.recipes import MatrixFormat, Recipe
 from gpt2_edge.quantize.rounding import round_matrix
 
@@ -110,6 +111,7 @@ class _PromptLayer:
         x: What is multiplied.
         steps: Shape [outputs, inputs].
         scales: Shape [outputs, 1].
+        rounding: Of what is multiplied; None gives each row a step of its own.
         bias_difference: To the bias of the node that computes a few tokens, shape [outputs]. That one may still change,
             when what comes behind is centred.
     """
@@ -119,6 +121,7 @@ class _PromptLayer:
     x: Value
     steps: npt.NDArray[np.int8]
     scales: npt.NDArray[np.float32]
+    rounding: FixedRounding | None
     bias_difference: npt.NDArray[np.float32]
 
 
@@ -140,6 +143,7 @@ class _Rewriter:
         self._stored: dict[str, list[StoredMatrix]] = {}
         self._uses: Counter[str] = Counter()
         self._prompt_layers: list[_PromptLayer] = []
+        self._rounded_alike: set[str] = set()
         self.places = 0
         self.formats: dict[str, str] = {}
 
@@ -206,7 +210,10 @@ class _Rewriter:
         nodes = NewNodes(name)
         if first_format.block_size is None:
             steps, scales = round_matrix(layer.matrix, first_format, None)
-            output = integer_product(self._graph, nodes, layer.x, steps, scales, layer.bias_beside(steps * scales))
+            rounding = self._fixed_rounding(layer)
+            if rounding is not None:
+                self._rounded_alike.add(name)
+            output = self._integer_product(nodes, layer.x, rounding, steps, scales, layer.bias_beside(steps * scales))
             self._graph.insert_before(before, nodes.nodes)
             return output
         tables = [self._rounded(*part, layer.hessian) for part in _rows_of(layer.matrix, formats)]
@@ -221,8 +228,28 @@ class _Rewriter:
         if exact is not None and prompt_format is not None:
             steps, scales = round_matrix(exact.matrix, prompt_format, None)
             difference = exact.bias_beside(steps * scales) - bias
-            self._prompt_layers.append(_PromptLayer(output, name, layer.x, steps, scales, difference))
+            rounding = self._fixed_rounding(exact)
+            self._prompt_layers.append(_PromptLayer(output, name, layer.x, steps, scales, rounding, difference))
         return output
+
+    def _fixed_rounding(self, layer: LinearLayer) -> FixedRounding | None:
+        if not self._recipe.fixed_rounding:
+            return None
+        vectors = self._calibration.vectors(layer.x)
+        return fix_rounding(vectors, layer.matrix, [row_steps(layer.x, part) for part in vectors])
+
+    def _integer_product(
+        self,
+        nodes: NewNodes,
+        x: Value,
+        rounding: FixedRounding | None,
+        steps: npt.NDArray[np.int8],
+        scales: npt.NDArray[np.float32],
+        bias: npt.NDArray[np.float32],
+    ) -> Value:
+        if rounding is None:
+            return integer_product(self._graph, nodes, x, steps, scales, bias)
+        return fixed_integer_product(self._graph, nodes, x, rounding, steps, scales, bias)
 
     def _rounded(self, matrix: FloatArray, matrix_format: MatrixFormat, hessian: Hessian | None) -> BlockwiseMatrix:
         if matrix_format.block_size is None:
@@ -249,7 +276,7 @@ class _Rewriter:
             bias = layer.bias_difference
             if len(node.inputs) > _BIAS_INPUT:
                 bias = bias + array_of(node.inputs[_BIAS_INPUT])
-            product = integer_product(self._graph, many, layer.x, layer.steps, layer.scales, bias)
+            product = self._integer_product(many, layer.x, layer.rounding, layer.steps, layer.scales, bias)
             attributes = {name: attribute.value for name, attribute in node.attributes.items()}
             outputs = few.node(node.op_type, node.inputs, domain=node.domain, **attributes)
             replace_by_branches(self._graph, node, (few, outputs), (many, [product]))
@@ -257,6 +284,8 @@ class _Rewriter:
     def _done(self, weight: Value | None, formats: Sequence[tuple[int, MatrixFormat]]) -> None:
         (_, first), *rest = formats
         parts = [f"{rows} rows with {matrix_format}" for rows, matrix_format in formats] if rest else [str(first)]
+        if name_of(weight) in self._rounded_alike:
+            parts.append("all inputs rounded alike")
         self.formats[name_of(weight)] = "; ".join(parts)
         self.places += 1
         self._on_matrix()

@@ -24,6 +24,8 @@ FloatArray = npt.NDArray[np.float32]
 STORYTELLER: Final = Path(__file__).resolve().parent.parent / "models" / "storyteller"
 # What the kernel's rounding of activations does to logits, relative to their spread; measured were 0.011 to 0.022.
 LARGEST_ACTIVATION_ROUNDING: Final = 0.03
+# The same where the calibration text decides, which random tokens are far from; measured were 0.014 to 0.044.
+LARGEST_FIXED_ROUNDING: Final = 0.06
 # Of the kernel's accuracy levels: with the first, activations are not rounded.
 FLOAT32_PRODUCTS: Final = 1
 INTEGER_PRODUCTS: Final = 4
@@ -97,6 +99,16 @@ def is_product(node: onnx_ir.Node) -> bool:
     return node.op_type in ("MatMulNBits", "MatMulIntegerToFloat")
 
 
+def has_own_bias(node: onnx_ir.Node) -> bool:
+    """Tell whether a product of integers adds the bias itself: with one rounding of all rows."""
+    return len(node.inputs) > 6
+
+
+def scaling_of(node: onnx_ir.Node) -> onnx_ir.Node:
+    """Return what multiplies each row of a product with its scale."""
+    return only_consumer(node.outputs[0])
+
+
 def scales_of(value: onnx_ir.Value | None) -> FloatArray:
     """Return the scales of a product, which may be stored as float16."""
     assert value is not None
@@ -130,8 +142,8 @@ def products_of(folder: Path) -> list[Product]:
         elif node.op_type == "MatMulIntegerToFloat":
             steps, scales = array_of(node.inputs[1]), array_of(node.inputs[3])
             assert steps.dtype == np.int8
-            addition = only_consumer(only_consumer(node.outputs[0]).outputs[0])
-            products.append(Product((steps * scales).T.copy(), array_of(addition.inputs[1])))
+            bias = node.inputs[6] if has_own_bias(node) else only_consumer(scaling_of(node).outputs[0]).inputs[1]
+            products.append(Product((steps * scales).T.copy(), array_of(bias)))
     return products
 
 
@@ -205,8 +217,12 @@ def with_exact_activations(folder: Path, new: Path) -> Path:
             model.graph.register_initializer(value)
             product = onnx_ir.node("MatMul", [quantization.inputs[0], value])
             model.graph.insert_before(node, product)
-            scaling = only_consumer(node.outputs[0])
-            only_consumer(scaling.outputs[0]).replace_input_with(0, product.outputs[0])
+            if has_own_bias(node):
+                addition = onnx_ir.node("Add", [product.outputs[0], node.inputs[6]])
+                model.graph.insert_before(node, addition)
+                onnx_ir.convenience.replace_all_uses_with(node.outputs[0], addition.outputs[0])
+            else:
+                only_consumer(scaling_of(node).outputs[0]).replace_input_with(0, product.outputs[0])
 
     return altered(folder, new, change)
 
@@ -220,12 +236,14 @@ def random_tokens(count: int) -> list[int]:
     return np.random.default_rng(count).integers(0, 8192, count).tolist()
 
 
-def check_graph(fp32: Path, quantized: Path, place: Path, tokens: list[int]) -> None:
+def check_graph(
+    fp32: Path, quantized: Path, place: Path, tokens: list[int], largest_rounding: float = LARGEST_ACTIVATION_ROUNDING
+) -> None:
     """Compare a quantized graph with the fp32 graph that has the same numbers."""
     expected = logits(with_numbers_of(quantized, fp32, place / "dequantized"), tokens)
     np.testing.assert_allclose(logits(with_exact_activations(quantized, place / "exact"), tokens), expected, atol=1e-4)
     rounding = logits(quantized, tokens) - expected
-    assert rounding.std() < LARGEST_ACTIVATION_ROUNDING * expected.std()
+    assert rounding.std() < largest_rounding * expected.std()
     # The comparison would notice matrices that were not rounded at all.
     assert np.abs(logits(fp32, tokens) - expected).max() > 1e-3
 

@@ -12,6 +12,8 @@ import onnx_ir
 import pytest
 from quantized_graphs import (
     INTEGER_PRODUCTS,
+    LARGEST_ACTIVATION_ROUNDING,
+    LARGEST_FIXED_ROUNDING,
     STORYTELLER,
     array_of,
     check_graph,
@@ -64,7 +66,8 @@ def tiny_fp32(tmp_path_factory: pytest.TempPathFactory, write_checkpoint: Callab
 def test_graph_computes_with_the_rounded_matrices(recipe: str, fp32_folder: Path, tmp_path: Path) -> None:
     manifest = pipeline.quantize_folder(fp32_folder, tmp_path / "quantized", RECIPES[recipe])
     assert manifest == open_folder(tmp_path / "quantized").manifest
-    check_graph(fp32_folder, tmp_path / "quantized", tmp_path, random_tokens(32))
+    largest = LARGEST_FIXED_ROUNDING if RECIPES[recipe].fixed_rounding else LARGEST_ACTIVATION_ROUNDING
+    check_graph(fp32_folder, tmp_path / "quantized", tmp_path, random_tokens(32), largest)
 
 
 def test_storyteller_computes_with_its_integers(storyteller_fp32: Path, storyteller_int8: Path, tmp_path: Path) -> None:

@@ -247,7 +247,7 @@ def test_precisions_and_recipes_by_name() -> None:
         recipe_named("int5")
     with pytest.raises(OptionError, match=r"'int3'.*int8"):
         default_recipe("int3")
-    with pytest.raises(OptionError, match=r"'int8-block128': for int8 give int8 or int8-block64 or int8-block32"):
+    with pytest.raises(OptionError, match=r"'int8-block128': for int8 give int8 or int8-fast or int8-block64 or"):
         recipe_named("int8-block128", "int8")
     with pytest.raises(OptionError, match=r"'int8-block64': for int4 give int4 or int4-close or int4-small"):
         recipe_named("int8-block64", "int4")
