@@ -10,6 +10,7 @@ from gpt2_edge.benchmarks.peers.options import add_peer_arguments, peer_models_f
 from gpt2_edge.benchmarks.plan import DEFAULT_BATCHES, DEFAULT_NEW_TOKENS, DEFAULT_REPETITIONS, Settings
 from gpt2_edge.benchmarks.report import Report
 from gpt2_edge.errors import MissingDependencyError, OptionError
+from gpt2_edge.interrupt import INTERRUPTED
 from gpt2_edge.progress import Progress
 
 FORMATS: Final = ("table", "md", "csv", "json", "jsonl", "html")
@@ -77,12 +78,16 @@ def run(arguments: argparse.Namespace) -> int:
     coordinator = Coordinator(arguments.folders, settings, arguments.text, peers)
     with Progress("bench", total=coordinator.steps) as progress:
         coordinator.measure(progress.start, progress.advance)
-    report = coordinator.report()
+        report = coordinator.report()
+        if report.interrupted:
+            progress.break_off()
+    if report.interrupted and not _has_speeds(report):
+        raise KeyboardInterrupt  # there is nothing to show, and an earlier result of that name is worth more
     if earlier is not None:
         report = replace(report, comparison=compare_reports(report, earlier, arguments.compare.name))
     shown = show(report, arguments.format, arguments.output, arguments.plot)
     if report.interrupted:
-        return 130
+        return INTERRUPTED
     return 0 if shown and all(variant.error is None for variant in report.variants) else 1
 
 
@@ -110,6 +115,11 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         quality_tokens=quality_tokens,
         sustain_seconds=arguments.sustain,
     )
+
+
+def _has_speeds(report: Report) -> bool:
+    speeds = (speed for variant in report.variants for speed in variant.speeds.values())
+    return any(speed.tokens_per_second is not None for speed in speeds)
 
 
 def _read_report(path: Path) -> Report:

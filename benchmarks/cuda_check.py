@@ -50,6 +50,7 @@ from gpt2_edge.benchmarks.cuda_checks import CHECKS, Plan, Result, collect  # no
 from gpt2_edge.device import parse_device  # noqa: E402
 from gpt2_edge.doctor import examine  # noqa: E402
 from gpt2_edge.errors import Gpt2EdgeError  # noqa: E402
+from gpt2_edge.seal import write_file  # noqa: E402
 
 MOST_SECONDS_OF_A_CHECK: Final = 900.0
 _INTERRUPTED: Final = 128 + signal.SIGINT
@@ -174,9 +175,7 @@ def write_results(
         "machine": machine,
         "results": [asdict(result) for result in results],
     }
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_file(path, [(json.dumps(document, indent=2) + "\n").encode()])
 
 
 def _parse(line: str) -> Result | None:

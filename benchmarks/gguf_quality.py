@@ -21,11 +21,13 @@ import numpy as np
 
 from gpt2_edge.benchmarks.bandwidth import weights_bytes
 from gpt2_edge.benchmarks.environment import describe_environment
+from gpt2_edge.benchmarks.output import check_plot
 from gpt2_edge.benchmarks.peers.catalog import peers_named
 from gpt2_edge.benchmarks.peers.preparation import PeerModel, prepare_peers, read_checkpoint
 from gpt2_edge.benchmarks.peers.process import start_peer
 from gpt2_edge.errors import Gpt2EdgeError
 from gpt2_edge.folder import open_folder
+from gpt2_edge.interrupt import INTERRUPTED, TERMINATED, is_terminated, sigterm_interrupts
 from gpt2_edge.model import load
 from gpt2_edge.progress import Progress
 from gpt2_edge.quantize.quality import (
@@ -92,6 +94,8 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the mean divergence of each model against its size; one without any has no place on the logarithmic axis."""
     from matplotlib.figure import Figure
 
+    from gpt2_edge.benchmarks.picture import write_picture
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     # Names to the left of ours and to the right of the others', so that neighbours do not cover each other.
@@ -110,7 +114,7 @@ def draw(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3, which="both")
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
+    write_picture(figure, path)
 
 
 def _divergence(row: dict[str, Any]) -> float:
@@ -149,7 +153,16 @@ def _say(text: str) -> None:
 
 
 def main() -> int:
-    """Measure, print a table and write JSON."""
+    """Measure, print a table and write JSON; nothing else is left, also after Ctrl-C or SIGTERM."""
+    with sigterm_interrupts():
+        try:
+            return _run(_parsed_arguments())
+        except KeyboardInterrupt:
+            print("error: interrupted", file=sys.stderr)
+            return TERMINATED if is_terminated() else INTERRUPTED
+
+
+def _parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Quality of llama.cpp's quantizations of a checkpoint.")
     parser.add_argument("checkpoint", type=Path, help="of Hugging Face, with safetensors")
     parser.add_argument("reference", type=Path, help="its full-precision model folder")
@@ -157,16 +170,30 @@ def main() -> int:
     parser.add_argument("--text", type=Path, required=True, help="held-out text, UTF-8")
     parser.add_argument("-o", "--output", type=Path, help="JSON")
     parser.add_argument("--plot", type=Path, help="divergence against size, .svg or .png")
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
+        if arguments.plot is not None:
+            check_plot(arguments.plot)
         result = measure(arguments.checkpoint, arguments.reference, arguments.text, arguments.folders)
+    except Gpt2EdgeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    _print_table(result)
+    try:
         if arguments.output is not None:
             write_file(arguments.output, [(json.dumps(result, indent=2) + "\n").encode()])
         if arguments.plot is not None:
             draw(result["models"], arguments.plot)
-    except Gpt2EdgeError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except OSError as error:
+        print(f"error: cannot write {error.filename or 'the result'}: {error.strerror or error}", file=sys.stderr)
         return 1
+    return 0
+
+
+def _print_table(result: dict[str, Any]) -> None:
     print("| model | MB | perplexity | mean KLD | p99 KLD | same top |\n| --- | --- | --- | --- | --- | --- |")
     for row in result["models"]:
         print(
@@ -174,7 +201,6 @@ def main() -> int:
             f"({row['perplexity_change_percent']:+.2f} %) | {row['mean_kl_divergence']:.5f} "
             f"| {row['kl_divergence_99']:.4f} | {row['same_top_percent']:.1f} % |"
         )
-    return 0
 
 
 if __name__ == "__main__":

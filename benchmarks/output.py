@@ -3,6 +3,7 @@
 What was measured is not lost to a full disk: if a result cannot be written, the tables are still shown.
 """
 
+import io
 import sys
 from pathlib import Path
 from typing import Final
@@ -12,6 +13,7 @@ from gpt2_edge.benchmarks.html_report import to_html
 from gpt2_edge.benchmarks.report import Report
 from gpt2_edge.benchmarks.table import print_tables
 from gpt2_edge.errors import MissingDependencyError, OptionError
+from gpt2_edge.seal import write_file
 
 _WRITERS: Final = {
     "md": to_markdown,
@@ -85,12 +87,14 @@ def _print(report: Report, text: str) -> bool:
 
 
 def _write(report: Report, format_name: str, output: Path) -> bool:
+    if format_name == "table":
+        table = io.StringIO()
+        print_tables(report, table)
+        text = table.getvalue()
+    else:
+        text = _WRITERS[format_name](report)
     try:
-        if format_name == "table":
-            with output.open("w", encoding="utf-8") as file:
-                print_tables(report, file)
-        else:
-            output.write_text(_WRITERS[format_name](report), encoding="utf-8")
+        write_file(output, [text.encode()])
     except OSError as error:
         print(f"gpt2-edge: cannot write {output}: {error.strerror or error}", file=sys.stderr)
         return False

@@ -7,6 +7,7 @@ from typing import Any, Final
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from gpt2_edge.benchmarks.picture import write_picture
 from gpt2_edge.benchmarks.report import Report, Variant
 from gpt2_edge.benchmarks.spread import percentile
 from gpt2_edge.benchmarks.summary import decode_test, summary_sentences
@@ -33,7 +34,7 @@ def draw(report: Report, path: Path) -> None:
         panel(axes, report)
     # Dollar signs in a name are no formula.
     figure.suptitle("\n".join(summary_sentences(report)).replace("$", r"\$"), wrap=True, fontsize=11)
-    figure.savefig(path, dpi=150)
+    write_picture(figure, path)
 
 
 def _coloured(report: Report) -> list[tuple[Variant, dict[str, Any]]]:

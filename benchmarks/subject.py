@@ -10,6 +10,7 @@ from gpt2_edge.benchmarks.spread import measurement, percentile
 from gpt2_edge.benchmarks.worker_process import WorkerDiedError, WorkerError, WorkerProcess
 from gpt2_edge.errors import Gpt2EdgeError
 from gpt2_edge.folder import TOKENIZER_NAME, open_folder
+from gpt2_edge.interrupt import deferred_interrupt
 from gpt2_edge.manifest import Manifest
 
 LATENCY_PROMPT_TOKENS: Final = 128
@@ -55,7 +56,8 @@ class Subject:
     def start(self, device: str) -> None:
         """Load the model in a process of its own; if that fails, the row says why."""
         try:
-            self._process = self._start_process()
+            with deferred_interrupt():  # or nobody would end a process that has just begun
+                self._process = self._start_process()
             self._loaded = self._process.ask("load", **self._load_arguments(device))
         except (Gpt2EdgeError, OSError) as error:
             self.fail(str(error))

@@ -152,7 +152,10 @@ def main() -> int:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
     sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    serve(sys.stdin, answers)
+    try:
+        serve(sys.stdin, answers)
+    except BrokenPipeError:  # who asked has gone: nobody reads the rest of the answer, nor anything about it
+        os._exit(1)
     return 0
 
 

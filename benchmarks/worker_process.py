@@ -2,9 +2,11 @@
 
 import contextlib
 import json
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self, cast
@@ -20,6 +22,19 @@ class WorkerError(Gpt2EdgeError):
 
 class WorkerDiedError(WorkerError):
     """The worker's process ended."""
+
+
+@contextmanager
+def _ctrl_c_blocked() -> Iterator[None]:
+    """Let processes that are started in the block not hear Ctrl-C before they come to ignore it: see `worker.main`."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class WorkerProcess:
@@ -39,15 +54,16 @@ class WorkerProcess:
     ) -> None:
         self._printed = "above" if log is None else f"in {log}"
         output = None if log is None else log.open("ab")
-        self._process = subprocess.Popen(
-            # -P: what lies in the working directory is not imported.
-            command or [sys.executable, "-P", "-m", "gpt2_edge.benchmarks.worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            encoding="utf-8",
-            env=environment,
-            stderr=output,
-        )
+        with _ctrl_c_blocked():
+            self._process = subprocess.Popen(
+                # -P: what lies in the working directory is not imported.
+                command or [sys.executable, "-P", "-m", "gpt2_edge.benchmarks.worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                encoding="utf-8",
+                env=environment,
+                stderr=output,
+            )
         if output is not None:
             output.close()
         self._requests = cast(IO[str], self._process.stdin)

@@ -16,6 +16,9 @@ FloatArray = npt.NDArray[np.float32]
 _LARGEST_INTEGER: Final = 255
 _BINS: Final = 4096
 _RANGES: Final = np.linspace(0.2, 1, 33, dtype=np.float64)  # of the largest and of the lowest input, that are tried
+# Other texts have larger inputs than the calibration text. On the storyteller these coarser steps cost 0.0003 nats a
+# token of its own kind of text (0.0030 with them), and halve what Python source code loses, which it never saw (0.0080).
+_HEADROOM: Final = 1.15
 # A row's own steps are as much better, in the squared error of the products. Where the inputs of a few rows are far
 # larger than all others, as the first token's are in some layers of GPT-2, fixed steps that hold them round the others
 # to nothing.
@@ -38,7 +41,7 @@ class FixedRounding:
 def fix_rounding(
     vectors: Sequence[FloatArray], matrix: FloatArray, row_steps: Sequence[FloatArray]
 ) -> FixedRounding | None:
-    """Choose the range of the inputs with the least squared error of the products.
+    """Choose the range of the inputs with the least squared error of the products, and a little more.
 
     The error of an input weighs as much as its column of the matrix; within the range it is that of steps, which is
     their square over 12 in the mean, and beyond it the distance to the range.
@@ -70,7 +73,7 @@ def fix_rounding(
     own_steps = sum(float(np.square(part, dtype=np.float64).sum()) for part in row_steps) * weights.sum()
     if errors[best] > _MOST_TIMES_AS_FAR * own_steps / 12:
         return None
-    return FixedRounding(np.float32(steps[best]), np.uint8(zeros[best]))
+    return FixedRounding(np.float32(_HEADROOM * steps[best]), np.uint8(zeros[best]))
 
 
 def _squared_errors(

@@ -2,7 +2,7 @@
 
 A command is a module with `add_arguments(parser)` and `run(arguments)`; only the chosen one is imported. Results go to
 standard output, everything else to standard error. Exit status: 0 done, 1 the input or the model is at fault,
-2 wrong usage, 130 interrupted.
+2 wrong usage, 130 interrupted, 143 ended by SIGTERM.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any, Final
 
 from gpt2_edge.errors import Gpt2EdgeError, UnsealedFolderWarning
+from gpt2_edge.interrupt import INTERRUPTED, TERMINATED, is_terminated, sigterm_interrupts
 from gpt2_edge.version import VERSION
 
 _COMMANDS: Final = {
@@ -39,6 +40,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     _replace_closed_streams()
+    with sigterm_interrupts():
+        status = _status_of(arguments)
+    return TERMINATED if is_terminated() else status
+
+
+def _status_of(arguments: list[str]) -> int:
+    """Run one command; its errors become messages, and their exit status is returned."""
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _print_warning
@@ -48,8 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"gpt2-edge: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return 130
+        how = "ended by SIGTERM" if is_terminated() else "interrupted"
+        # On a terminal after ^C, or in the middle of a line of the result.
+        print(f"{chr(10) if sys.stderr.isatty() else ''}gpt2-edge: {how}", file=sys.stderr)
+        return INTERRUPTED
     except OSError as error:
         # Whoever read our output has gone, as `head` does, or the disk is full; nothing is left to be flushed at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -19,9 +19,10 @@ from gpt2_edge.errors import MissingDependencyError
 CUDA_PROVIDER: Final = "CUDAExecutionProvider"
 # The first whose node placement, device views and captured graphs this package was made for.
 MINIMUM_ONNXRUNTIME: Final = (1, 31)
-# In double quotes, which every shell understands, that of Windows too.
-_INSTALL: Final = f'pip install "onnxruntime-gpu[cuda,cudnn]>={".".join(map(str, MINIMUM_ONNXRUNTIME))}"'
-_INSTALL_FOR_CPU: Final = 'pip install "onnxruntime>=1.22"'
+# What the extras of this package ask for, so that it holds from a clone, too. In double quotes, which every shell
+# understands, that of Windows too.
+INSTALL_FOR_CUDA: Final = f'pip install "onnxruntime-gpu[cuda,cudnn]>={".".join(map(str, MINIMUM_ONNXRUNTIME))}"'
+INSTALL_FOR_CPU: Final = 'pip install "onnxruntime>=1.22"'
 _DRIVERS: Final = "https://www.nvidia.com/drivers"
 # NVIDIA's table of the driver that each CUDA needs at least, on Linux; Windows has about the same numbers.
 _DRIVER_OF_CUDA: Final = {12: "525", 13: "580"}
@@ -103,7 +104,7 @@ def cuda_problems(found: CudaInstallation, gpu: int = 0) -> list[Problem]:
                     'choose the CPU: device="cpu"',
                 )
             ]
-        return [Problem(what, f"pip uninstall -y {wheel} && {_INSTALL}")]
+        return [Problem(what, f"pip uninstall -y {wheel} && {INSTALL_FOR_CUDA}")]
     version = tuple(int(part) for part in found.onnxruntime.split(".")[:2] if part.isdigit())
     if version < MINIMUM_ONNXRUNTIME:
         minimum = ".".join(map(str, MINIMUM_ONNXRUNTIME))
@@ -123,7 +124,7 @@ def wheel_problem(found: CudaInstallation, *, for_gpu: bool) -> Problem | None:
         found: What `inspect_cuda` returned.
         for_gpu: Whether the remedy should install the wheel for GPUs; else that for the CPU.
     """
-    install = _INSTALL if for_gpu and found.has_gpu_wheels else _INSTALL_FOR_CPU
+    install = INSTALL_FOR_CUDA if for_gpu and found.has_gpu_wheels else INSTALL_FOR_CPU
     wheels = sorted(found.packages)
     if len(wheels) > 1:
         return Problem(

@@ -10,14 +10,18 @@ try:
 except ImportError as error:
     if isinstance(error.__cause__, KeyboardInterrupt):  # its C++ code makes another error of it
         raise error.__cause__ from None
+    from gpt2_edge.cuda_installation import INSTALL_FOR_CPU, INSTALL_FOR_CUDA
+
     raise MissingDependencyError(
-        "ONNX Runtime is not installed: run pip install 'gpt2-edge[cpu]', or 'gpt2-edge[cuda]' for an NVIDIA GPU "
+        f"ONNX Runtime is not installed: run {INSTALL_FOR_CPU}, or for an NVIDIA GPU {INSTALL_FOR_CUDA} "
         f"(not both: they break each other). Python said: {error}"
     ) from error
 
 if not hasattr(onnxruntime, "InferenceSession"):
+    from gpt2_edge.cuda_installation import INSTALL_FOR_CPU, INSTALL_FOR_CUDA
+
     raise MissingDependencyError(
         "ONNX Runtime is installed incompletely, as happens when onnxruntime and onnxruntime-gpu were installed "
-        "together and one was removed: run pip uninstall onnxruntime onnxruntime-gpu, "
-        "then pip install 'gpt2-edge[cpu]'"
+        f"together and one was removed: run pip uninstall onnxruntime onnxruntime-gpu, then {INSTALL_FOR_CPU}, "
+        f"or for an NVIDIA GPU {INSTALL_FOR_CUDA}"
     )

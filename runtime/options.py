@@ -82,7 +82,7 @@ class GenerationOptions:
             model's own distribution before any of these options; None reports none.
         overflow: When the context is full, "stop" ends the continuation; "slide" forgets the oldest tokens, computes
             the last half of the context again at fresh positions, and goes on.
-        keep_tokens: With "slide": so many of the prompt's first tokens are never forgotten.
+        keep_tokens: With "slide", and only there: so many of the prompt's first tokens are never forgotten.
         deadline_seconds: Ends the continuation so long after the call; None never.
         cancel: Ends the continuation when another thread sets it.
     """
@@ -133,6 +133,11 @@ class GenerationOptions:
             raise OptionError(f"ignore_eos is {self.ignore_eos!r}: give True or False")
         if self.overflow not in ("stop", "slide"):
             raise OptionError(f"overflow is {self.overflow!r}: give 'stop' or 'slide'")
+        if self.keep_tokens and self.overflow != "slide":
+            raise OptionError(
+                f"keep_tokens is {shown(self.keep_tokens)} and overflow is {self.overflow!r}, which forgets no tokens: "
+                "give overflow 'slide' with it, or leave keep_tokens out"
+            )
         if self.logits_processor is not None and not callable(self.logits_processor):
             raise OptionError(f"logits_processor is {self.logits_processor!r}: give a function of tokens and logits")
         if self.cancel is not None and not isinstance(self.cancel, threading.Event):

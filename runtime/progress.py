@@ -18,6 +18,7 @@ class Progress:
         self._title = title
         self._total = total
         self._bar: Any = None
+        self._outcome = "done in"
         self._started_at = time.perf_counter()
 
     def start(self, stage: str) -> None:
@@ -31,6 +32,10 @@ class Progress:
         """Say that a step is done."""
         if self._bar is not None:
             self._bar.update()
+
+    def break_off(self) -> None:
+        """Say at the end that the work was interrupted, though it goes on with what there is."""
+        self._outcome = "interrupted after"
 
     def __enter__(self) -> Self:
         if sys.stderr.isatty():
@@ -47,4 +52,5 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
         if error is None:
-            print(f"{self._title}: done in {time.perf_counter() - self._started_at:.1f} s", file=sys.stderr, flush=True)
+            seconds = time.perf_counter() - self._started_at
+            print(f"{self._title}: {self._outcome} {seconds:.1f} s", file=sys.stderr, flush=True)

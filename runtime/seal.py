@@ -7,6 +7,7 @@ that the next run to the same place removes.
 
 import errno
 import os
+import secrets
 import shutil
 import stat
 import sys
@@ -134,10 +135,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
 def write_file(path: Path, parts: Iterable[bytes]) -> None:
     """Write a file that appears whole or not at all, in place of one of that name.
 
+    A link stays, and what it leads to is replaced. What is no file, as /dev/stdout or a named pipe, is written to.
+
     Raises:
         OSError: It cannot be written; what was there before still is.
     """
-    with _temporary_file(path) as file:
+    if path.exists() and not path.is_file():
+        with path.open("wb") as stream:
+            stream.writelines(parts)
+        return
+    with _temporary_file(Path(os.path.realpath(path))) as file:
         file.writelines(parts)
 
 
@@ -158,8 +165,6 @@ def new_file(destination: Path) -> Iterator[BinaryIO]:
         destination.parent.mkdir(parents=True, exist_ok=True)
         with _temporary_file(destination) as file:
             yield file
-            if not _WINDOWS:
-                os.fchmod(file.fileno(), 0o644)  # mkstemp makes it private
         _flush(destination.parent)
     except OSError as error:
         raise _cannot_write(destination, error) from error
@@ -189,13 +194,22 @@ def _cannot_write(destination: Path, error: OSError) -> ModelFolderError:
 
 @contextmanager
 def _temporary_file(destination: Path) -> Iterator[BinaryIO]:
-    """Give a temporary file beside `destination`, and rename it when the block ends without an error."""
+    """Give a temporary file beside `destination`, and rename it when the block ends without an error.
+
+    Raises:
+        OSError: Also if a file of that name is there and may not be written to, which a rename would not ask.
+    """
+    replaced = destination.stat() if destination.exists() else None
+    if replaced is not None and not os.access(destination, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(destination))
     _remove_abandoned(destination)
     temporary, lock = _make_temporary(destination, is_folder=False)
     try:
         with temporary.open("wb") as file:
             yield file
             file.flush()
+            if replaced is not None and not _WINDOWS:
+                os.fchmod(file.fileno(), stat.S_IMODE(replaced.st_mode))
             os.fsync(file.fileno())
         temporary.replace(destination)
     finally:
@@ -210,9 +224,8 @@ def _make_temporary(destination: Path, *, is_folder: bool = True) -> tuple[Path,
         if is_folder:
             temporary = Path(tempfile.mkdtemp(prefix=_temporary_prefix(destination), dir=destination.parent))
         else:
-            descriptor, name = tempfile.mkstemp(prefix=_temporary_prefix(destination), dir=destination.parent)
-            os.close(descriptor)
-            temporary = Path(name)
+            temporary = destination.with_name(_temporary_prefix(destination) + secrets.token_hex(8))
+            temporary.touch(exist_ok=False)  # unlike mkstemp's, with the mode that the umask gives to new files
         if _WINDOWS:
             return temporary, None
         # Before it is locked, another run may take it for abandoned. That run holds the lock while it removes it.

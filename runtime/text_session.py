@@ -65,7 +65,7 @@ class Session:
 
         Raises:
             PromptError: It cannot be used; `ContextLengthError` if there is no room. The session stays as it was.
-            OptionError: `overflow` or `keep_tokens` is not allowed.
+            OptionError: `overflow` or `keep_tokens` is not allowed, or the latter is given without "slide".
         """
         GenerationOptions(overflow=overflow, keep_tokens=keep_tokens)
         added = self._core.tokens(text)

@@ -6,8 +6,11 @@ import io
 import json
 import re
 import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +18,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from gpt2_edge.benchmarks import gguf_quality
 from gpt2_edge.benchmarks.comparison import compare_reports
 from gpt2_edge.benchmarks.formats import to_csv, to_json_lines, to_markdown
 from gpt2_edge.benchmarks.html_report import to_html
@@ -375,15 +379,53 @@ def test_a_plot_of_another_kind_is_refused() -> None:
         check_plot(Path("plot.bmp"))
 
 
-def test_a_full_disk_keeps_the_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def full(*_: object, **__: object) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.fixture
+def no_room_beyond_1000_bytes() -> Iterator[None]:
+    """A write beyond them fails in the middle of a file, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, before)
 
-    monkeypatch.setattr(Path, "write_text", full)
-    assert show(REPORT, "json", Path("report.json"), None) is False
-    output = capsys.readouterr()
-    assert "12,345 ± 123" in output.out
-    assert "cannot write report.json: No space left on device" in output.err
+
+@pytest.mark.parametrize("format_name", ["table", "md", "csv", "json", "jsonl", "html"])
+@pytest.mark.parametrize("earlier", [None, "the earlier one"])
+def test_a_full_disk_keeps_the_table_and_the_earlier_result(
+    no_room_beyond_1000_bytes: None, tmp_path: Path, format_name: str, earlier: str | None
+) -> None:
+    path, picture = tmp_path / "report", tmp_path / "report.svg"
+    if earlier is not None:
+        path.write_text(earlier, encoding="utf-8")
+        picture.write_text(earlier, encoding="utf-8")
+    with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()) as errors:
+        assert show(REPORT, format_name, path, picture) is False
+    assert "12,345 ± 123" in output.getvalue()
+    assert f"cannot write {path}: File too large" in errors.getvalue()
+    assert f"cannot write {picture}: File too large" in errors.getvalue()
+    left = {file.name: file.read_text(encoding="utf-8") for file in tmp_path.iterdir()}
+    assert left == ({} if earlier is None else {"report": earlier, "report.svg": earlier})
+
+
+def test_the_quality_of_gguf_files_is_printed_also_where_it_cannot_be_written(
+    no_room_beyond_1000_bytes: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = {"size_bytes": 1e6, "perplexity": 30.0, "perplexity_change_percent": 0.5, "mean_kl_divergence": 0.01}
+    row |= {"kl_divergence_99": 0.1, "same_top_percent": 95.0}
+    rows = [{"name": f"{kind} {number}", **row} for kind in ("llama.cpp", "int8") for number in range(9)]
+    monkeypatch.setattr(gguf_quality, "measure", lambda *_: {"models": rows})
+    path, picture = tmp_path / "quality.json", tmp_path / "quality.png"
+    arguments = ["checkpoint", "folder", "--text", "text", "-o", str(path), "--plot", str(picture)]
+    for left_out in ([], ["-o", str(path)]):
+        given = [argument for argument in arguments if argument not in left_out]
+        monkeypatch.setattr("sys.argv", ["gguf_quality", *given])
+        with redirect_stdout(io.StringIO()) as output, redirect_stderr(io.StringIO()) as errors:
+            assert gguf_quality.main() == 1
+        assert "| int8 8 | 1.00 | 30.000 (+0.50 %) |" in output.getvalue()
+        assert re.fullmatch(r"error: cannot write .*: File too large\n", errors.getvalue())
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_result_that_cannot_be_printed_keeps_the_table(

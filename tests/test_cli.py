@@ -85,6 +85,11 @@ def test_invalid_utf8_is_one_line_that_says_where(storyteller_int8: Path) -> Non
         (["--temperature", "nan"], "temperature is nan: give 0 (greedy) or any number above it"),
         (["--top-k", "-3"], "top_k is -3: give an integer, 0 or more"),
         (["--max-new-tokens", "-1"], "max_new_tokens is -1: give an integer, 0 or more"),
+        (
+            ["--keep-tokens", "20"],
+            "keep_tokens is 20 and overflow is 'stop', which forgets no tokens: "
+            "give overflow 'slide' with it, or leave keep_tokens out",
+        ),
         (["--seed", "-1"], "seed is -1: give an integer from 0 to 18446744073709551615"),
         (["-n", "0"], "n is 0: give an integer, 1 or more"),
         (["--logprobs", "3"], "--logprobs is shown with --json only: give both"),

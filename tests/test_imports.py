@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import tomllib
 from pathlib import Path
 from typing import Any, Final
 
@@ -304,18 +305,27 @@ ASK_TWICE: Final = """
 """
 
 
+def requirement_of(extra: str) -> str:
+    """Return what an extra asks for: pip finds that whether the package itself is released or lies in a clone."""
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    (requirement,) = project["optional-dependencies"][extra]
+    return str(requirement)
+
+
 def test_without_onnxruntime_the_message_names_the_pip_line(interpreter: Interpreter) -> None:
     messages = interpreter.run(WITHOUT_ONNXRUNTIME + ASK_TWICE)
     assert len(messages) == 3
     for message in messages:
-        assert message.startswith("ONNX Runtime is not installed: run pip install 'gpt2-edge[cpu]'")
+        assert message.startswith(f'ONNX Runtime is not installed: run pip install "{requirement_of("cpu")}", or for')
+        assert f'an NVIDIA GPU pip install "{requirement_of("cuda")}" (not both: they break each other).' in message
 
 
 def test_with_half_an_onnxruntime_the_message_names_the_pip_lines(interpreter: Interpreter) -> None:
     messages = interpreter.run(INCOMPLETE_ONNXRUNTIME + ASK_TWICE)
     assert len(messages) == 3
     for message in messages:
-        assert "run pip uninstall onnxruntime onnxruntime-gpu, then pip install 'gpt2-edge[cpu]'" in message
+        pip_lines = f'run pip uninstall onnxruntime onnxruntime-gpu, then pip install "{requirement_of("cpu")}", or for'
+        assert f'{pip_lines} an NVIDIA GPU pip install "{requirement_of("cuda")}"' in message
 
 
 def test_what_needs_no_onnxruntime_works_without_it(interpreter: Interpreter) -> None:

@@ -15,7 +15,9 @@ from typing import Final
 
 import pytest
 
+from gpt2_edge.cli import main
 from gpt2_edge.errors import ModelFolderError
+from gpt2_edge.seal import new_file, write_file
 
 if sys.platform == "win32":
     pytest.skip("Windows has neither fork nor these signals", allow_module_level=True)
@@ -23,6 +25,7 @@ if sys.platform == "win32":
 import resource
 
 import kill_exports
+import tiny_model
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 
@@ -86,6 +89,45 @@ def test_kills_at_random_moments_of_a_quantization() -> None:
     assert done.stdout.startswith("quantize: 5 kills, ")
 
 
+@pytest.fixture(scope="module")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a checkpoint, what was exported from it, and a text for both purposes of quantization."""
+    from gpt2_edge.export import export_checkpoint
+
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_model.write_checkpoint(folder / "checkpoint")
+    export_checkpoint(folder / "checkpoint", folder / "fp32")
+    (folder / "text.txt").write_text(tiny_model.TEXT, encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "last"),
+    [
+        ("export checkpoint", "gpt2_edge.export.pipeline.check_parity"),
+        (
+            "quantize fp32 --precision int8 --text text.txt --calibration text.txt",
+            "gpt2_edge.quantize.pipeline.golden_logits",
+        ),
+    ],
+)
+def test_a_command_that_is_asked_to_end_leaves_nothing(
+    arguments: str, last: str, tiny_models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the temporary folder nor those above it, where SIGTERM comes after the weights have been written."""
+
+    def write() -> None:
+        assert len(list(tmp_path.glob("new/.model.making-*/model.onnx.data"))) == 1
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(last, lambda *_, **__: write())
+    monkeypatch.chdir(tiny_models)
+    status = in_a_child(lambda: os._exit(main([*arguments.split(), "-o", str(tmp_path / "new" / "model")])))
+    assert os.WIFEXITED(status)
+    assert os.WEXITSTATUS(status) == 128 + signal.SIGTERM
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("name", WRITERS)
 @pytest.mark.parametrize("limit_bytes", [0, 1000, 3_000_000])
 def test_no_room_for_a_file(name: str, limit_bytes: int, tmp_path: Path) -> None:
@@ -98,6 +140,54 @@ def test_no_room_for_a_file(name: str, limit_bytes: int, tmp_path: Path) -> None
 
     assert os.WEXITSTATUS(in_a_child(work)) == REFUSED
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_a_new_file_has_the_mode_of_the_umask_and_a_replaced_one_keeps_its_own(umask: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        write_file(tmp_path / "result", [b"first"])
+        with new_file(tmp_path / "pack") as file:
+            file.write(b"first")
+    finally:
+        os.umask(before)
+    for name in ("result", "pack"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o666 & ~umask
+    (tmp_path / "result").chmod(0o640)
+    write_file(tmp_path / "result", [b"second"])
+    assert (tmp_path / "result").read_bytes() == b"second"
+    assert stat.S_IMODE((tmp_path / "result").stat().st_mode) == 0o640
+
+
+def test_a_link_stays_and_leads_to_the_new_file(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    link, target = tmp_path / "link", tmp_path / "folder" / "target"
+    link.symlink_to(target)
+    for content in (b"first", b"second"):
+        write_file(link, [content])
+        assert link.is_symlink()
+        assert target.read_bytes() == content
+    assert [path.name for path in target.parent.iterdir()] == ["target"]
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    write_file(pipe, [b"one ", b"two"])
+    assert os.read(reader, 100) == b"one two"
+    os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_a_file_that_may_not_be_written_to_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "result"
+    path.write_bytes(b"precious")
+    monkeypatch.setattr(os, "access", lambda *_: False)  # as it is for all but the superuser if the mode is 0o444
+    with pytest.raises(PermissionError):
+        write_file(path, [b"other"])
+    assert path.read_bytes() == b"precious"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="the superuser writes anywhere")

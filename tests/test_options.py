@@ -3,8 +3,10 @@
 import json
 import math
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -55,6 +57,27 @@ def test_a_bad_option_is_named_with_its_value_and_what_is_allowed(
     shown = next(iter(value.items())) if isinstance(value, dict) else value
     parts = shown if isinstance(shown, list | tuple) else [shown]
     assert any(repr(part)[:40] in message or str(part)[:40] in message for part in parts)
+
+
+def test_tokens_to_keep_where_none_are_forgotten(int8_model: Model) -> None:
+    """They would be ignored without a word, and missed when it is too late."""
+    message = "keep_tokens is 20 and overflow is 'stop', .*: give overflow 'slide' with it, or leave keep_tokens out"
+    session = int8_model.session()
+    calls: list[Callable[..., object]] = [
+        partial(int8_model.generate, "Once"),
+        partial(int8_model.stream, "Once"),
+        partial(session.generate),
+        partial(session.append, "Once"),
+    ]
+    for call in calls:
+        with pytest.raises(OptionError, match=message):
+            call(keep_tokens=20)
+        with pytest.raises(OptionError, match=message):
+            call(keep_tokens=20, overflow="stop")
+        call(keep_tokens=20, overflow="slide")
+        call(keep_tokens=0)
+    sliding = {"overflow": "slide", "max_new_tokens": 1}
+    assert len(int8_model.generate(["Once"], **sliding, row_options=[{"keep_tokens": 20}])) == 1
 
 
 @pytest.mark.parametrize("value", [0, -1, 1.5, True, "2"])
@@ -127,10 +150,10 @@ NUMBERS: Final = {
 def test_numbers_of_other_types_are_taken_as_those_of_python(int8_model: Model, name: str) -> None:
     number = NUMBERS[name]
     kinds: list[Any] = [np.int8, np.uint64] if isinstance(number, int) else [np.float16, np.longdouble, Fraction]
-    common: Any = {"max_new_tokens": 6, "seed": 3}
+    common: Any = {"max_new_tokens": 6, "seed": 3, "overflow": "slide"}
     expected = int8_model.generate("Once upon a time", **(common | {name: number}))
     for kind in kinds:
-        assert type(getattr(GenerationOptions(**{name: kind(number)}), name)) is type(number)
+        assert type(getattr(GenerationOptions(**(common | {name: kind(number)})), name)) is type(number)
         done = int8_model.generate("Once upon a time", **(common | {name: kind(number)}))
         assert (done.tokens, done.seed, done.logprobs) == (expected.tokens, expected.seed, expected.logprobs)
         json.dumps(asdict(done))
@@ -152,7 +175,7 @@ HUGE: Final = 10**30
 
 @pytest.mark.parametrize("name", ["min_new_tokens", "top_k", "logprobs", "no_repeat_ngram_size", "keep_tokens"])
 def test_an_integer_may_be_huge(int8_model: Model, name: str) -> None:
-    done = int8_model.generate("Once", **{"max_new_tokens": 3, name: HUGE})
+    done = int8_model.generate("Once", **{"max_new_tokens": 3, "overflow": "slide", name: HUGE})
     assert len(done.tokens) == 3
 
 

@@ -424,6 +424,31 @@ def test_settings_are_changed_only_by_what_is_allowed() -> None:
     assert settings.keywords()["stop"] == "\n\n"
 
 
+def test_tokens_to_keep_are_set_before_or_after_the_overflow_they_belong_to() -> None:
+    settings = Settings()
+    settings.set("keep_tokens", "20")
+    assert settings.keywords() == {**STORY_OPTIONS, "keep_tokens": 20}
+    settings.set("overflow", "stop")
+    assert settings.keywords() == {**STORY_OPTIONS, "overflow": "stop"}
+    assert (settings.show("keep_tokens"), settings.show("overflow")) == ("20", "stop")
+    settings.set("overflow", "off")
+    assert "keep_tokens" not in settings.keywords()
+    settings.set("keep_tokens", "30")
+    with pytest.raises(gpt2_edge.OptionError, match="keep_tokens is -1: give an integer, 0 or more"):
+        settings.set("keep_tokens", "-1")
+    assert settings.show("keep_tokens") == "30"
+    settings.set("overflow", "slide")
+    assert settings.keywords() == {**STORY_OPTIONS, "keep_tokens": 30}
+    settings.set("keep_tokens", "off")
+    assert settings.keywords() == STORY_OPTIONS
+
+
+def test_replies_go_on_while_the_tokens_to_keep_wait(run_here: Run) -> None:
+    done = run_here(":set keep_tokens 20", ":set overflow stop", ":set max_new_tokens 3", BEGINNING, ":next 2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 3
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 100])
 def test_lines_are_broken_between_words_however_the_text_is_cut(size: int) -> None:
     text = "The  quick brown fox\njumps over\n\n  a wolf whose name is Unpronounceable, 魔法の森 and sits. "
@@ -442,6 +467,10 @@ def test_a_conversation_at_a_terminal(model: gpt2_edge.Model, tmp_path: Path) ->
         greeting = terminal.expect(r"\n> ")
         assert "Type the beginning of a story, or :help." in greeting
         assert "temperature 0.8, top_k 40, top_p 0.95, max_new_tokens 60, overflow slide\x1b[0m\n" in greeting
+        assert "overflow stop\x1b[0m\n" in terminal.line(":set overflow stop")
+        assert "keep_tokens 9 (keep_tokens counts with overflow slide only)" in terminal.line(":set keep_tokens 9")
+        assert "overflow stop (keep_tokens counts with overflow slide only)" in terminal.line(":set overflow stop")
+        assert "overflow slide\x1b[0m\n" in terminal.line(":set overflow slide")
         terminal.line(":set seed 7")
         shown = terminal.line(BEGINNING)
         (reply,) = replies(model, BEGINNING)
@@ -546,6 +575,20 @@ def test_history_is_kept_in_a_file_only_if_asked_for(tmp_path: Path) -> None:
 
 
 @needs_terminal
+@pytest.mark.parametrize("typed", ["", f":set max_new_tokens 100000\n:set ignore_eos on\n{BEGINNING}\n"])
+def test_sigterm_leaves_where_ctrl_c_does_not(typed: str) -> None:
+    with Terminal(NO_COLOR="1") as terminal:
+        terminal.expect(r"\n> ")
+        terminal.send(typed)
+        if typed:
+            terminal.expect(re.escape(BEGINNING) + r"\n.{200}")
+        else:
+            time.sleep(0.1)  # CPython notices a signal between the prompt and the wait for a key at the next key only
+        terminal.process.send_signal(signal.SIGTERM)
+        assert terminal.wait() == 143
+
+
+@needs_terminal
 def test_it_works_without_readline(tmp_path: Path) -> None:
     with Terminal(readline=False, NO_COLOR="1") as terminal:
         terminal.expect(r"\n> ")
@@ -585,4 +628,4 @@ def test_ctrl_c_ends_a_script() -> None:
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert errors == b"\n"
+    assert errors == b"gpt2-edge: interrupted\n"

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 _WIDTH: Final = 16
 _VOCABULARY_SIZE: Final = 256
 _CONTEXT_LENGTH: Final = 64
-_TEXT: Final = "Once upon a time there was a little kettle that sang. " * 6
+TEXT: Final = "Once upon a time there was a little kettle that sang. " * 6
 
 
 def write_checkpoint(folder: Path) -> None:
@@ -76,7 +76,7 @@ def warm_writers(place: Path) -> dict[str, Callable[[Path], object]]:
 
     checkpoint, source, text = place / "checkpoint", place / "fp32", place / "text.txt"
     write_checkpoint(checkpoint)
-    text.write_text(_TEXT, encoding="utf-8")
+    text.write_text(TEXT, encoding="utf-8")
 
     def export(destination: Path) -> None:
         export_checkpoint(checkpoint, destination)

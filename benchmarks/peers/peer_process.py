@@ -136,7 +136,10 @@ def main() -> int:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no answer
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.stdin.reconfigure(encoding="utf-8")  # type: ignore[union-attr]
-    serve(PeerWorker(_module(Path(sys.argv[1]))), sys.stdin, answers)
+    try:
+        serve(PeerWorker(_module(Path(sys.argv[1]))), sys.stdin, answers)
+    except BrokenPipeError:  # who asked has gone: nobody reads the rest of the answer, nor anything about it
+        os._exit(1)
     return 0
 
 

@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     length.add_argument("--ignore-eos", action="store_true", default=None, help="go on after an end-of-text token")
     length.add_argument("--overflow", metavar="HOW", help="when the context is full: stop (the default) or slide")
     length.add_argument(
-        "--keep-tokens", type=int, metavar="N", help="with slide: never forget the first N tokens (default: 0)"
+        "--keep-tokens",
+        type=int,
+        metavar="N",
+        help="with --overflow slide: never forget the first N tokens (default: 0)",
     )
     length.add_argument("--deadline-seconds", type=float, metavar="S", help="end after S seconds")
     choice = parser.add_argument_group("choice of tokens (greedy, unless one of the first five is given)")

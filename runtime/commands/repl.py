@@ -14,6 +14,7 @@ from gpt2_edge.commands.repl_input import Entry, Reader
 from gpt2_edge.commands.repl_screen import Screen, terminal_width
 from gpt2_edge.commands.repl_settings import OPTION_NAMES, Settings
 from gpt2_edge.errors import ContextLengthError, Gpt2EdgeError, OptionError, SessionError
+from gpt2_edge.interrupt import is_terminated
 from gpt2_edge.results import NextToken
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ class Repl:
                 if self._reader.interactive:
                     self._screen.note("")  # after the prompt
             except KeyboardInterrupt:
-                if not self._reader.interactive:
+                if not self._reader.interactive or is_terminated():
                     raise
                 self._screen.note("\n(Ctrl-D or :quit leaves)")
             except ContextLengthError as error:
@@ -232,7 +233,9 @@ class Repl:
         self._settings.set(name, value.strip())
         if name == "seed":
             self._seed_is_due = self._settings.show("seed") != "off"
-        self._screen.note(f"{name} {self._settings.show(name)}")
+        waits = name in ("overflow", "keep_tokens") and self._settings.keep_tokens_waits
+        remark = " (keep_tokens counts with overflow slide only)" if waits else ""
+        self._screen.note(f"{name} {self._settings.show(name)}{remark}")
 
     def _text(self, argument: str) -> None:
         if not argument:

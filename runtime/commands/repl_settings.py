@@ -42,7 +42,10 @@ _SWITCHED_ON: Final = ("on", "true", "yes")
 
 
 class Settings:
-    """Options by name, always a valid set of them."""
+    """Options by name, always a valid set of them.
+
+    They are typed one after another, so `keep_tokens` may come before the `overflow` that it belongs to, or outlast it.
+    """
 
     def __init__(self) -> None:
         self._values: dict[str, Any] = dict(STORY_OPTIONS)
@@ -57,7 +60,7 @@ class Settings:
         changed = {other: value for other, value in self._values.items() if other != name}
         if text.lower() not in _AS_IF_NOT_GIVEN:
             changed[name] = _stop_texts(text) if name == "stop" else _value(text)
-        make_options(cast(OptionKeywords, changed))
+        _checked(name, changed)
         self._values = changed
 
     def show(self, name: str) -> str:
@@ -67,11 +70,19 @@ class Settings:
             OptionError: There is no such option.
         """
         _check_name(name)
-        return _shown(getattr(make_options(self.keywords()), name))
+        return _shown(_checked(name, self._values))
 
     def keywords(self) -> OptionKeywords:
-        """Return the options that were given, as arguments of `generate`."""
-        return cast(OptionKeywords, dict(self._values))
+        """Return the options that were given and count, as arguments of `generate`."""
+        given = dict(self._values)
+        if self.keep_tokens_waits:
+            del given["keep_tokens"]
+        return cast(OptionKeywords, given)
+
+    @property
+    def keep_tokens_waits(self) -> bool:
+        """Whether `keep_tokens` was given, and does not count as long as nothing is forgotten."""
+        return "keep_tokens" in self._values and self._values.get("overflow") != "slide"
 
     @property
     def are_greedy(self) -> bool:
@@ -88,6 +99,14 @@ def _check_name(name: str) -> None:
         close = difflib.get_close_matches(name, OPTION_NAMES, n=1)
         meant = f"did you mean {close[0]}? " if close else ""
         raise OptionError(f"there is no option {name}: {meant}:set alone shows all")
+
+
+def _checked(name: str, values: dict[str, Any]) -> Any:
+    """Return what an option is, given or not, or raise OptionError; it is checked by itself."""
+    alone = {name: values[name]} if name in values else {}
+    if name == "keep_tokens":
+        alone["overflow"] = "slide"
+    return getattr(make_options(cast(OptionKeywords, alone)), name)
 
 
 def _value(text: str) -> Any:
