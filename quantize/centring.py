@@ -61,7 +61,7 @@ def centre(
     calibration: CalibrationRun,
     equalize: bool,
     other: LinearLayer | None = None,
-) -> None:
+) -> FloatArray:
     """Change the graph so that `x` has the mean 0 if that costs nothing at run time, and the layer to match.
 
     Args:
@@ -71,6 +71,9 @@ def centre(
         equalize: Whether to divide the channels of `x` by something, and to multiply the matrix with it, so that they
             share one scale better.
         other: A layer of the same inputs, which is changed along.
+
+    Returns:
+        What the columns of the matrix were multiplied with, shape [inputs].
     """
     layers = [layer] if other is None else [layer, other]
     mean = calibration.mean(layer.x)
@@ -90,10 +93,11 @@ def centre(
     else:
         for each in layers:
             each.mean = mean
-        return
+        return scales
     calibration.transform(layer.x, mean, scales)
     for each in layers:
         each.subtract_from_inputs(mean, scales)
+    return scales
 
 
 def _addition_of_bias(attention: Node) -> tuple[Node, int] | None:

@@ -30,6 +30,7 @@ def integer_product(
     steps: npt.NDArray[np.int8],
     scales: npt.NDArray[np.float32],
     bias: npt.NDArray[np.float32],
+    stored: Value | None = None,
 ) -> Value:
     """Make the nodes that compute `x @ (steps * scales).T + bias`.
 
@@ -44,6 +45,7 @@ def integer_product(
         steps: Shape [outputs, inputs].
         scales: Of the outputs, shape [outputs, 1].
         bias: Shape [outputs].
+        stored: `steps.T`, if the graph has it.
 
     Returns:
         Shape [rows, outputs].
@@ -77,7 +79,7 @@ def integer_product(
         "MatMulIntegerToFloat",
         [
             rounded,
-            constant(graph, f"{nodes.name}.quantized", np.ascontiguousarray(steps.T)),
+            stored or constant(graph, f"{nodes.name}.quantized", np.ascontiguousarray(steps.T)),
             single(np.float32(1), "one"),
             constant(graph, f"{nodes.name}.scales", scales[:, 0]),
             zero_point,
@@ -96,6 +98,7 @@ def fixed_integer_product(
     steps: npt.NDArray[np.int8],
     scales: npt.NDArray[np.float32],
     bias: npt.NDArray[np.float32],
+    stored: Value | None = None,
 ) -> Value:
     """Make the nodes that compute the same with one rounding for all rows.
 
@@ -107,6 +110,7 @@ def fixed_integer_product(
         steps: As in `integer_product`.
         scales: As there.
         bias: As there.
+        stored: As there.
 
     Returns:
         Shape [rows, outputs].
@@ -115,7 +119,7 @@ def fixed_integer_product(
     zero = constant(graph, f"{nodes.name}.input_zero", np.asarray(rounding.zero))
     inputs = [
         nodes.value("QuantizeLinear", [x, step, zero]),
-        constant(graph, f"{nodes.name}.quantized", np.ascontiguousarray(steps.T)),
+        stored or constant(graph, f"{nodes.name}.quantized", np.ascontiguousarray(steps.T)),
         step,
         constant(graph, f"{nodes.name}.scales", scales[:, 0]),
         zero,

@@ -38,6 +38,7 @@ from gpt2_edge.quantize.half_floats import as_half, through_half
 from gpt2_edge.quantize.integer_product import fixed_integer_product, integer_product, row_steps
 from gpt2_edge.quantize.recipes import MatrixFormat, Recipe
 from gpt2_edge.quantize.rounding import round_matrix
+from gpt2_edge.quantize.row_table import RowTable, row_lookup, store_rows, transposed
 
 _BIAS_INPUT: Final = 5  # of MatMulNBits
 
@@ -141,6 +142,7 @@ class _Rewriter:
         self._original = calibration.of_a_copy()
         self._on_matrix = on_matrix
         self._stored: dict[str, list[StoredMatrix]] = {}
+        self._row_tables: dict[str, RowTable] = {}
         self._uses: Counter[str] = Counter()
         self._prompt_layers: list[_PromptLayer] = []
         self._rounded_alike: set[str] = set()
@@ -175,7 +177,7 @@ class _Rewriter:
         layer = LinearLayer(x, matrix, np.zeros(len(matrix), np.float32))
         formats = self._recipe.head_formats(len(matrix))
         tied = weight is not None and len(weight.uses()) > 1
-        output = self._insert_layer(gemm, name_of(weight), layer, formats, None, is_table=tied)
+        output = self._insert_layer(gemm, name_of(weight), layer, formats, None, is_head=True, is_table=tied)
         replace_nodes(self._graph, [gemm], gemm.outputs[0], output)
         self._done(weight, formats)
 
@@ -186,6 +188,7 @@ class _Rewriter:
         layer: LinearLayer,
         formats: Sequence[tuple[int, MatrixFormat]],
         prompt_format: MatrixFormat | None,
+        is_head: bool = False,
         is_table: bool = False,
     ) -> Value:
         """Round a layer and insert what computes it.
@@ -196,24 +199,31 @@ class _Rewriter:
             layer: Not centred yet.
             formats: Each of so many outputs, from the first on.
             prompt_format: How the matrix is stored once more.
-            is_table: Whether rows of the matrix are looked up as well, so that they have to stay what they are.
+            is_head: Whether the outputs are logits, whose rows have steps of their own in any case: fixed ones cost the
+                storyteller 0.0008 nats a token there, and little time is to be won with a few rows.
+            is_table: Whether rows of the matrix are looked up as well.
         """
         _, first_format = formats[0]
         exact = replace(layer) if prompt_format is not None else None
-        # The table of the embedding is the head's matrix, so its columns stay as they are.
+        # Blocks of weights share scales with few others; and a table of blocks is looked up as it is.
         equalize = first_format.block_size is None or prompt_format is not None
         if first_format.rounding == "gptq":
             layer.hessian = self._calibration.hessian(layer.x, self._calibration.mean(layer.x))
             if not is_table:
                 compensate(layer, layer.hessian, self._calibration, self._original)
-        centre(self._graph, layer, self._calibration, equalize, exact)
+        column_scales = centre(self._graph, layer, self._calibration, equalize, exact)
         nodes = NewNodes(name)
         if first_format.block_size is None:
             steps, scales = round_matrix(layer.matrix, first_format, None)
-            rounding = self._fixed_rounding(layer)
+            rounding = None if is_head else self._fixed_rounding(layer)
             if rounding is not None:
                 self._rounded_alike.add(name)
-            output = self._integer_product(nodes, layer.x, rounding, steps, scales, layer.bias_beside(steps * scales))
+            stored = None
+            if is_table:
+                self._row_tables[name] = store_rows(self._graph, name, steps, scales, column_scales)
+                stored = transposed(nodes, self._row_tables[name])
+            bias = layer.bias_beside(steps * scales)
+            output = self._integer_product(nodes, layer.x, rounding, steps, scales, bias, stored)
             self._graph.insert_before(before, nodes.nodes)
             return output
         tables = [self._rounded(*part, layer.hessian) for part in _rows_of(layer.matrix, formats)]
@@ -246,10 +256,11 @@ class _Rewriter:
         steps: npt.NDArray[np.int8],
         scales: npt.NDArray[np.float32],
         bias: npt.NDArray[np.float32],
+        stored: Value | None = None,
     ) -> Value:
         if rounding is None:
-            return integer_product(self._graph, nodes, x, steps, scales, bias)
-        return fixed_integer_product(self._graph, nodes, x, rounding, steps, scales, bias)
+            return integer_product(self._graph, nodes, x, steps, scales, bias, stored)
+        return fixed_integer_product(self._graph, nodes, x, rounding, steps, scales, bias, stored)
 
     def _rounded(self, matrix: FloatArray, matrix_format: MatrixFormat, hessian: Hessian | None) -> BlockwiseMatrix:
         if matrix_format.block_size is None:
@@ -296,15 +307,21 @@ class _Rewriter:
         name = name_of(weight)
         if input_ids is None:
             raise QuantizationError(f"the lookup of {name} has no ids: export the model again")
-        if name in self._stored:
+        if name in self._stored or name in self._row_tables:
             self.places += 1
         else:
             matrix = array_of(weight)
             formats = self._recipe.head_formats(len(matrix))
-            self._store(name, [self._rounded(*part, None) for part in _rows_of(matrix, formats)])
+            if self._recipe.head.block_size is None:
+                self._row_tables[name] = store_rows(self._graph, name, *round_matrix(matrix, self._recipe.head, None))
+            else:
+                self._store(name, [self._rounded(*part, None) for part in _rows_of(matrix, formats)])
             self._done(weight, formats)
         nodes = NewNodes(f"{name}.lookup")
-        rows = blockwise_lookup(self._graph, nodes, self._stored[name], input_ids)
+        if name in self._row_tables:
+            rows = row_lookup(self._graph, nodes, self._row_tables[name], input_ids)
+        else:
+            rows = blockwise_lookup(self._graph, nodes, self._stored[name], input_ids)
         self._graph.insert_before(gather, nodes.nodes)
         replace_nodes(self._graph, [gather], gather.outputs[0], rows)
 

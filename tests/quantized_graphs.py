@@ -99,6 +99,14 @@ def is_product(node: onnx_ir.Node) -> bool:
     return node.op_type in ("MatMulNBits", "MatMulIntegerToFloat")
 
 
+def integers_of(product: onnx_ir.Node) -> npt.NDArray[Any]:
+    """Return the matrix of a product, shape [inputs, outputs]; that of a tied head is stored the other way round."""
+    value = product.inputs[1]
+    assert value is not None
+    transposition = value.producer()
+    return array_of(value) if transposition is None else array_of(transposition.inputs[0]).T
+
+
 def has_own_bias(node: onnx_ir.Node) -> bool:
     """Tell whether a product of integers adds the bias itself: with one rounding of all rows."""
     return len(node.inputs) > 6
@@ -140,7 +148,7 @@ def products_of(folder: Path) -> list[Product]:
                 product = joined(products.pop(), product)
             products.append(product)
         elif node.op_type == "MatMulIntegerToFloat":
-            steps, scales = array_of(node.inputs[1]), array_of(node.inputs[3])
+            steps, scales = integers_of(node), array_of(node.inputs[3])
             assert steps.dtype == np.int8
             bias = node.inputs[6] if has_own_bias(node) else only_consumer(scaling_of(node).outputs[0]).inputs[1]
             products.append(Product((steps * scales).T.copy(), array_of(bias)))
@@ -152,7 +160,14 @@ def embedding_of(folder: Path) -> FloatArray:
     initializers = onnx_ir.load(folder / "model.onnx").graph.initializers
     manifest = open_folder(folder).manifest
     assert manifest.recipe is not None
-    formats = RECIPES[manifest.recipe["name"]].head_formats(manifest.architecture.vocabulary_size)
+    recipe = RECIPES[manifest.recipe["name"]]
+    if recipe.head.block_size is None:
+        rows = (
+            array_of(initializers["wte.weight.quantized"]) * array_of(initializers["wte.weight.scales"])[:, np.newaxis]
+        )
+        factors = initializers.get("wte.weight.column_factors")
+        return rows.astype(np.float32) if factors is None else (rows * array_of(factors)).astype(np.float32)
+    formats = recipe.head_formats(manifest.architecture.vocabulary_size)
     names = [f"wte.weight.{index}" for index in range(len(formats))] if len(formats) > 1 else ["wte.weight"]
     parts = [
         BlockwiseMatrix(
@@ -212,7 +227,7 @@ def with_exact_activations(folder: Path, new: Path) -> Path:
             assert node.inputs[0] is not None
             quantization = node.inputs[0].producer()
             assert quantization is not None
-            matrix = (array_of(node.inputs[1]) * array_of(node.inputs[3])).astype(np.float32)
+            matrix = (integers_of(node) * array_of(node.inputs[3])).astype(np.float32)
             value = onnx_ir.val(f"exact.{index}", const_value=onnx_ir.tensor(matrix, name=f"exact.{index}"))
             model.graph.register_initializer(value)
             product = onnx_ir.node("MatMul", [quantization.inputs[0], value])

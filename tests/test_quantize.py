@@ -163,6 +163,24 @@ def test_embedding_in_two_parts_is_the_same_rows_as_the_head(recipe: str, fp32_f
     assert np.corrcoef(original[first:].ravel(), embedding[first:].ravel())[0, 1] < 0.9999
 
 
+def test_embedding_with_a_scale_for_each_row_is_stored_once_with_the_head(fp32_folder: Path, tmp_path: Path) -> None:
+    """Its columns are scaled for the head, and back when rows are looked up."""
+    pipeline.quantize_folder(fp32_folder, tmp_path / "fast", RECIPES["int8-fast"])
+    tokens = [0, 1, 818, 8191, 1]
+    found = looked_up_rows(tmp_path / "fast", tokens)
+    np.testing.assert_allclose(found, embedding_of(tmp_path / "fast")[tokens], rtol=1e-6)
+    original = weight(onnx_ir.load(fp32_folder / "model.onnx"), "wte.weight")[tokens]
+    # Half a step of the scaled row, of which the largest has 127.
+    initializers = onnx_ir.load(tmp_path / "fast" / "model.onnx").graph.initializers
+    factors = array_of(initializers["wte.weight.column_factors"]) if "wte.weight.column_factors" in initializers else 1
+    half_steps = np.abs(original / factors).max(axis=1, keepdims=True) / 127 / 2 * factors
+    assert (np.abs(found - original) <= half_steps * 1.001).all()
+    transposed = [
+        name_of(node.inputs[0]) for node in nodes(onnx_ir.load(tmp_path / "fast" / "model.onnx"), "Transpose")
+    ]
+    assert transposed == (["wte.weight.quantized"] if open_folder(fp32_folder).manifest.architecture.tied_head else [])
+
+
 def check_embedding(fp32: Path, quantized: Path) -> None:
     tokens = [0, 1, 818, 819, 4095, 4096, 831, 832, 8191, 1]
     np.testing.assert_array_equal(looked_up_rows(quantized, tokens), embedding_of(quantized)[tokens])
