@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
+from typing import Final
 
 from gpt2_edge.errors import MissingDependencyError, OptionError, QuantizationError
 from gpt2_edge.folder import BUNDLED_MODELS, TOKENIZER_NAME, ModelFolder, open_folder
@@ -17,6 +18,9 @@ from gpt2_edge.quantize.texts import read_text
 from gpt2_edge.seal import check_destination, new_folder, write_manifest
 from gpt2_edge.tokenizer import Tokenizer
 from gpt2_edge.version import VERSION
+
+# To fix how inputs are rounded: the storyteller was 0.0029 nats a token off with 1,024, 0.04 with 289, and 1 with 20.
+_FEWEST_CALIBRATION_TOKENS: Final = 1_000
 
 try:
     import onnx_ir
@@ -79,7 +83,7 @@ def quantize_folder(
 
     Raises:
         QuantizationError: The source is quantized already, has weights that are not finite, not all matrices could
-            be quantized, or the result is not close to the source.
+            be quantized, the recipe needs a longer calibration text, or the result is not close to the source.
         ModelFolderError: The source cannot be read, or the destination exists or cannot be written.
         OptionError: The text cannot be read, or there is no such cache.
         PromptError: The text is too short.
@@ -99,6 +103,8 @@ def quantize_folder(
         check_finite(model)
         progress.start("preparing the calibration text")
         calibrated = choose_calibration_text(calibration, source)
+        if calibration is not None and recipe.fixed_rounding:
+            _check_long_enough(calibrated, recipe)
         try:
             replaced = _rewrite(model, manifest, recipe, calibrated, cache, progress)
         except ValueError as error:  # onnx refuses weights that are linked to from elsewhere, for example
@@ -136,6 +142,15 @@ def quantize_folder(
             finished = write_manifest(folder, finished)
         progress.advance()
     return finished
+
+
+def _check_long_enough(calibrated: CalibrationText, recipe: Recipe) -> None:
+    tokens = sum(map(len, calibrated.windows))
+    if tokens < _FEWEST_CALIBRATION_TOKENS:
+        raise QuantizationError(
+            f"the calibration text {calibrated.title} has {tokens} tokens, and {recipe.name} cuts off what it does not "
+            f"show: give one of at least {_FEWEST_CALIBRATION_TOKENS:,}, or none, or take another recipe"
+        )
 
 
 def _rewrite(

@@ -113,7 +113,14 @@ _INT4_SMALL: Final = Recipe(
 # alone.
 _ALL: Final = (
     Recipe("int8", "int8", _nearest(8, None), _nearest(8, 64), "fast prompts"),
-    Recipe("int8-fast", "int8", _nearest(8, None), _nearest(8, None), "faster in all, less close", fixed_rounding=True),
+    Recipe(
+        "int8-fast",
+        "int8",
+        _nearest(8, None),
+        _nearest(8, None),
+        "faster at everything, less close",
+        fixed_rounding=True,
+    ),
     Recipe("int8-block64", "int8", _nearest(8, 64), _nearest(8, 64), "closer, but slower prefill"),
     Recipe("int8-block32", "int8", _nearest(8, 32), _nearest(8, 32), "closest, and 6 % larger than int8-block64"),
     Recipe(

@@ -36,7 +36,7 @@ def folder(
         place / "fast",
         "int4",
         recipe="int4-fast",
-        calibration=write_words(place / "words"),
+        calibration=write_words(place / "words", count=1300),
         cache=request.param,
     )
     return place / "fast"

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 from quantized_graphs import LARGEST_FIXED_ROUNDING, STORYTELLER, check_graph, nodes, random_tokens
 
+from gpt2_edge.errors import QuantizationError
 from gpt2_edge.export.pipeline import export_checkpoint
 from gpt2_edge.folder import open_folder
 from gpt2_edge.quantize import rewrite
@@ -195,6 +196,19 @@ def test_storyteller_stays_close_with_half_of_the_operators(storyteller_fp32: Pa
     assert found["MatMulIntegerToFloat"] == found["QuantizeLinear"] == 24 + 1
     assert found["ReduceMax"] == found["Abs"] == 1  # of the head
     assert found.total() < 0.6 * plain.total()
+
+
+@pytest.mark.parametrize("recipe", ["int8-fast", "int4-fast"])
+def test_a_calibration_text_too_short_to_show_the_range_is_refused(
+    recipe: str, tmp_path: Path, storyteller_fp32: Path
+) -> None:
+    """Of `int4-fast` only the decoding is measured, which would not notice."""
+    short = tmp_path / "short.txt"
+    short.write_text("Once upon a time there was a king. " * 20, encoding="utf-8")
+    message = rf"the calibration text short.txt has \d+ tokens, and {recipe} cuts off .*at least 1,000, or none"
+    with pytest.raises(QuantizationError, match=message):
+        quantize_folder(storyteller_fp32, tmp_path / "made", RECIPES[recipe], calibration=short)
+    assert list(tmp_path.iterdir()) == [short]
 
 
 def test_a_layer_whose_rows_differ_too_much_is_computed_as_with_int8(
