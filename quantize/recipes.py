@@ -112,7 +112,7 @@ _INT4_SMALL: Final = Recipe(
 # Blocks of at most 64 at 8 bits and 32 at 4 bits: with larger ones the kernel gives a row other bits in a batch than
 # alone.
 _ALL: Final = (
-    Recipe("int8", "int8", _nearest(8, None), _nearest(8, 64), "fast prompts"),
+    Recipe("int8", "int8", _nearest(8, None), _nearest(8, None), "fast prompts"),
     Recipe(
         "int8-fast",
         "int8",

@@ -64,10 +64,10 @@ def float32_bytes(vocabulary: int, context: int, width: int, layers: int) -> int
 def int8_bytes(vocabulary: int, context: int, width: int, layers: int) -> int:
     """Bytes when a matrix has a byte for each weight, and everything else has float32.
 
-    Beside that, a matrix of the blocks has a scale for each output; the head has one for each 64 weights, and a bias.
+    Beside that, a matrix has a scale for each output; the head has a bias, and its columns are scaled.
     """
     matrices = vocabulary * width + layers * 12 * width**2
-    scales = vocabulary * width // 64 + layers * 9 * width
+    scales = vocabulary + width + layers * 9 * width
     others = context * width + layers * 13 * width + 2 * width + vocabulary
     return matrices + 4 * (scales + others)
 

@@ -20,6 +20,7 @@ import pytest
 
 import gpt2_edge
 from gpt2_edge import ModelClosedError, OptionError
+from gpt2_edge.prefill_watch import ended_when
 from gpt2_edge.session import StepSession
 
 PROMPT = "Once upon a time"
@@ -86,6 +87,20 @@ def test_a_long_prefill_is_terminated(fp32_model: gpt2_edge.Model, monkeypatch: 
     assert "".join(piece.text for piece in pieces) == ""
     monkeypatch.undo()
     assert len(fp32_model.generate(PROMPT, max_new_tokens=3).tokens) == 3
+
+
+def test_a_run_that_is_over_is_not_terminated() -> None:
+    """Else the next one would be, of another caller maybe."""
+    asked, over, terminated = (threading.Event() for _ in range(3))
+
+    def interrupted() -> bool:
+        asked.set()
+        return over.wait(10)
+
+    with ended_when(interrupted, terminated.set, tokens=100):
+        assert asked.wait(10)
+    over.set()
+    assert not terminated.wait(0.2)
 
 
 def test_onnxruntime_ends_a_prefill_that_is_terminated(fp32_model: gpt2_edge.Model) -> None:

@@ -248,7 +248,7 @@ def test_quality_of_the_storyteller(fp32_model: gpt2_edge.Model, int8_model: gpt
 
 
 def test_greedy_texts(fp32_model: gpt2_edge.Model, int8_model: gpt2_edge.Model) -> None:
-    windows = windows_of(fp32_model.tokenize(texts.held_out_text()), 128, most_windows=9)
+    windows = windows_of(fp32_model.tokenize(texts.held_out_text()), 64, most_windows=9)
     same = compare_greedy_texts(fp32_model, fp32_model, windows)
     assert (same.tokens, same.first_divergent_tokens, same.first_divergent_in_batch) == (64, (64,) * 4, (64,) * 4)
     found = compare_greedy_texts(fp32_model, int8_model, windows)
