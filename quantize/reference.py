@@ -33,8 +33,8 @@ def reference_logits(
         model: A fused graph with its weights.
         architecture: Its shape.
         tokens: Computed in one pass over an empty cache.
-        round_activations: Whether operators that may round what they multiply the weights with do so; what the graph
-            itself rounds is rounded in any case.
+        round_activations: Whether what is multiplied with the weights, and what attention reads from the cache, is
+            rounded as the graph says; else it keeps its fraction.
     """
     count = len(tokens)
     past, _ = key_value_names(architecture.layers)
@@ -49,10 +49,11 @@ def reference_logits(
         "logit_positions": np.arange(count, dtype=np.int64),
         **dict.fromkeys(past, cache),
     }
-    rounding: list[Any] = [MatMulNBits, DynamicQuantizeMatMul]
+    rounding: list[Any] = [MatMulNBits, DynamicQuantizeMatMul, GroupQueryAttention]
     if not round_activations:
         rounding = [type(each.__name__, (each,), {"rounds_activations": False}) for each in rounding]
-    operators: list[Any] = [*rounding, GroupQueryAttention, MatMulIntegerToFloat]
+        rounding.append(QuantizeLinear)
+    operators: list[Any] = [*rounding, MatMulIntegerToFloat]
     evaluator = ReferenceEvaluator(model, new_ops=operators)
     # A row of zeros has the scale 0: 0 / 0 gives some integer, which the scale makes 0 again.
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -92,6 +93,17 @@ class MatMulNBits(OpRun):
             x = _rounded_in_blocks(x, block_size)
         product = x @ weights.T
         return (product if bias is None else product + bias,)
+
+
+class QuantizeLinear(OpRun):
+    """In place of ONNX's own: what becomes an activation of 8 bits without a sign keeps its fraction."""
+
+    op_domain = ""
+
+    def _run(self, x: FloatArray, scale: FloatArray, zero: npt.NDArray[Any], **_: Any) -> tuple[npt.NDArray[Any]]:
+        limits = np.iinfo(zero.dtype)
+        steps = np.nan_to_num(np.clip(x / scale + zero, limits.min, limits.max))  # of a row of zeros any are right
+        return (steps if zero.dtype == np.uint8 else np.rint(steps).astype(zero.dtype),)
 
 
 class MatMulIntegerToFloat(OpRun):
@@ -148,6 +160,7 @@ class GroupQueryAttention(OpRun):
     """
 
     op_domain = _DOMAIN
+    rounds_activations = True
 
     def _run(
         self,
@@ -162,7 +175,8 @@ class GroupQueryAttention(OpRun):
         size = width // 3 // num_heads
         query, key, value = qkv.reshape(batch, count, 3, num_heads, size).transpose(2, 0, 3, 1, 4)
         if kv_cache_bit_width:
-            key, value = (np.clip(np.rint(each), -128, 127) for each in (key, value))
+            steps = [np.rint(each) if self.rounds_activations else each for each in (key, value)]
+            key, value = (np.clip(each, -128, 127) for each in steps)
         scores = query @ key.swapaxes(-1, -2) * np.float32(scale or size**-0.5)
         scores = np.where(np.tri(count, dtype=bool), scores, -np.inf)
         weights = np.exp(scores - scores.max(axis=-1, keepdims=True))

@@ -18,7 +18,7 @@ from gpt2_edge.cli import main
 from gpt2_edge.folder import open_folder
 from gpt2_edge.machine_check import Golden, check_machine, make_golden, parse_golden, read_golden
 from gpt2_edge.processor import describe_processor
-from gpt2_edge.quantize.reference import reference_logits
+from gpt2_edge.quantize.reference import MatMulIntegerToFloat, reference_logits
 from gpt2_edge.saturation import products_saturate
 from gpt2_edge.seal import write_manifest
 
@@ -46,6 +46,29 @@ def test_this_machine_computes_the_golden_logits(golden: Golden, int8_model: gpt
     assert len(golden.token_ids) == 64
 
 
+def test_rounding_activations_otherwise_is_right_and_saturating_is_not(
+    storyteller_int8: Path, golden: Golden, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = open_folder(storyteller_int8)
+    proto, architecture, tokens = onnx.load(opened.graph_path), opened.manifest.architecture, list(golden.tokens)
+    unrounded = reference_logits(proto, architecture, tokens, round_activations=False)
+    assert golden.difference(unrounded) == pytest.approx(golden.tolerance / 2, rel=1e-3)
+
+    def saturating(
+        operator: MatMulIntegerToFloat, a: Any, b: Any, a_scale: Any, b_scale: Any, a_zero: Any, *_: Any
+    ) -> tuple[Any]:
+        """As AVX2 computes it without VNNI: two products, whose sum has 16 bits."""
+        left, right = a.astype(np.int16).astype(np.int32), b.astype(np.int32)
+        sums = [
+            np.clip(row[::2, None] * right[::2] + row[1::2, None] * right[1::2], -(2**15), 2**15 - 1) for row in left
+        ]
+        product = np.array([each.sum(axis=0) for each in sums]) - int(a_zero) * right.sum(axis=0)
+        return (product.astype(np.float32) * (a_scale * b_scale),)
+
+    monkeypatch.setattr(MatMulIntegerToFloat, "_run", saturating)
+    assert golden.difference(reference_logits(proto, architecture, tokens)) > 1.5 * golden.tolerance
+
+
 def test_golden_logits_of_a_model_with_activations_of_zeros(
     tmp_path: Path, make_checkpoint: Callable[..., Path]
 ) -> None:
@@ -62,6 +85,7 @@ def test_golden_logits_of_a_model_with_activations_of_zeros(
     quantize_folder(tmp_path / "fp32", tmp_path / "int8")
     golden = read_golden(open_folder(tmp_path / "int8"))
     assert np.isfinite(golden.logits).all()
+    assert golden.tolerance < 0.1
     with gpt2_edge.load(tmp_path / "int8") as model:
         assert max(check_machine(model, golden).values()).difference < golden.tolerance
 
