@@ -50,10 +50,10 @@ from gpt2_edge.benchmarks.cuda_checks import CHECKS, Plan, Result, collect  # no
 from gpt2_edge.device import parse_device  # noqa: E402
 from gpt2_edge.doctor import examine  # noqa: E402
 from gpt2_edge.errors import Gpt2EdgeError  # noqa: E402
+from gpt2_edge.interrupt import INTERRUPTED, TERMINATED, is_terminated, sigterm_interrupts  # noqa: E402
 from gpt2_edge.seal import write_file  # noqa: E402
 
 MOST_SECONDS_OF_A_CHECK: Final = 900.0
-_INTERRUPTED: Final = 128 + signal.SIGINT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{name:<24} {value}", file=sys.stderr)
     results: list[Result] = []
     was_interrupted = False
-    with tempfile.TemporaryDirectory(prefix="gpt2-edge-cuda-check-") as place:
+    with sigterm_interrupts(), tempfile.TemporaryDirectory(prefix="gpt2-edge-cuda-check-") as place:
         try:
             for name in names:
                 started_at = time.perf_counter()
@@ -98,7 +98,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     write_results(arguments.json, plan, machine, results, "interrupted" if was_interrupted else "finished")
     failed = [result for result in results if result.passed is False]
     print(f"\n{len(failed)} of {sum(result.passed is not None for result in results)} checks and goals failed")
-    return _INTERRUPTED if was_interrupted else int(bool(failed))
+    if was_interrupted:
+        return TERMINATED if is_terminated() else INTERRUPTED
+    return int(bool(failed))
 
 
 def describe_machine() -> dict[str, str]:

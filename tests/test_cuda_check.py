@@ -118,7 +118,8 @@ def test_a_check_that_crashes_or_hangs_is_a_line_too(
         assert capfd.readouterr().err == "5 and other things\n"
 
 
-def test_what_was_found_is_kept_when_it_is_interrupted(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_was_found_is_kept_when_it_is_interrupted(sent: signal.Signals, status: int, tmp_path: Path) -> None:
     file = tmp_path / "results.json"
     with subprocess.Popen(
         [sys.executable, str(SCRIPT), "--device", "cpu", "--quick", "--json", str(file)],
@@ -129,8 +130,8 @@ def test_what_was_found_is_kept_when_it_is_interrupted(tmp_path: Path) -> None:
         deadline = time.monotonic() + 60
         while not file.exists() and time.monotonic() < deadline:
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 130
+        process.send_signal(sent)
+        assert process.wait(60) == status
     document = json.loads(file.read_text())
     assert document["state"] == "interrupted"
     assert document["results"]
