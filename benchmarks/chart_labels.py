@@ -18,6 +18,15 @@ class Place(NamedTuple):
     y: float
 
 
+class Box(NamedTuple):
+    """What something in a drawing covers."""
+
+    left: float
+    top: float
+    right: float
+    bottom: float
+
+
 def column(heights: Sequence[float], step: float, top: float, bottom: float) -> list[float]:
     """Move places on a vertical line apart.
 
@@ -51,7 +60,7 @@ def beside(points: Sequence[Place], texts: Sequence[str], top_left: Place, botto
     Returns:
         The middle of each text; of one that there is no free place for, the place right of its point.
     """
-    taken = [_box(point, 2 * _POINT_RADIUS, 2 * _POINT_RADIUS) for point in points]
+    taken = [point_box(point) for point in points]
     places = []
     for point, text in zip(points, texts, strict=True):
         width = _CHARACTER_WIDTH * len(text)
@@ -64,7 +73,7 @@ def beside(points: Sequence[Place], texts: Sequence[str], top_left: Place, botto
             place
             for place in candidates
             if _within(box := _box(place, width, LINE_HEIGHT - 3), top_left, bottom_right)
-            and not any(_overlap(box, other) for other in taken)
+            and not any(overlap(box, other) for other in taken)
         )
         chosen = next(free, candidates[0])
         taken.append(_box(chosen, width, LINE_HEIGHT - 3))
@@ -72,18 +81,16 @@ def beside(points: Sequence[Place], texts: Sequence[str], top_left: Place, botto
     return places
 
 
-class _Box(NamedTuple):
-    left: float
-    top: float
-    right: float
-    bottom: float
+def point_box(point: Place) -> Box:
+    """Return what the dot at a point covers."""
+    return _box(point, 2 * _POINT_RADIUS, 2 * _POINT_RADIUS)
 
 
-def _box(middle: Place, width: float, height: float) -> _Box:
-    return _Box(middle.x - width / 2, middle.y - height / 2, middle.x + width / 2, middle.y + height / 2)
+def _box(middle: Place, width: float, height: float) -> Box:
+    return Box(middle.x - width / 2, middle.y - height / 2, middle.x + width / 2, middle.y + height / 2)
 
 
-def _within(box: _Box, top_left: Place, bottom_right: Place) -> bool:
+def _within(box: Box, top_left: Place, bottom_right: Place) -> bool:
     return (
         box.left >= top_left.x
         and box.top >= top_left.y
@@ -92,5 +99,6 @@ def _within(box: _Box, top_left: Place, bottom_right: Place) -> bool:
     )
 
 
-def _overlap(one: _Box, other: _Box) -> bool:
+def overlap(one: Box, other: Box) -> bool:
+    """Tell whether one covers a part of the other."""
     return one.left < other.right and other.left < one.right and one.top < other.bottom and other.top < one.bottom

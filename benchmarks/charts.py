@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Final
+from itertools import combinations, product
+from typing import Final, NamedTuple
 
 from gpt2_edge.benchmarks.chart_axes import Scale, linear_scale, logarithmic_scale, tick_text
-from gpt2_edge.benchmarks.chart_labels import LINE_HEIGHT, Place, beside, column
+from gpt2_edge.benchmarks.chart_labels import LINE_HEIGHT, Box, Place, beside, column, overlap, point_box
 from gpt2_edge.benchmarks.report import Report, Variant
 from gpt2_edge.benchmarks.spread import percentile
 from gpt2_edge.benchmarks.summary import decode_test
@@ -17,6 +18,8 @@ LEFT, RIGHT, TOP, BOTTOM = 64, 14, 14, 44
 _ROW_HEIGHT: Final = 46
 _MOST_NAMES: Final = 6  # as many as there are colours
 _HALF_LETTER: Final = 4
+_NAME_LETTER, _QUIET_LETTER = 6.6, 6.1  # as wide as letters of both styles are in the mean
+_ROOM_FOR_NAMES, _ROOM_FOR_NUMBERS = 1.25, 1.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +44,15 @@ def charts_of(report: Report) -> list[Chart]:
 
 
 def has_numbers(report: Report) -> bool:
-    """Tell whether there are so many rows that the charts name them by the numbers of the legend."""
-    return sum(1 for each in report.variants if each.speeds) > _MOST_NAMES
+    """Tell whether charts show the numbers of the legend: there are many rows, or names would cover something."""
+    _, _, points = _sizes_and_speeds(report, _ROOM_FOR_NAMES)
+    names = [_box_of(name) for name in _places_of_names(points)]
+    dots = [point_box(place) for place, _, _ in points]
+    return (
+        sum(1 for each in report.variants if each.speeds) > _MOST_NAMES
+        or any(overlap(one, other) for one, other in combinations(names, 2))
+        or any(overlap(*pair) for pair in product(names, dots))
+    )
 
 
 def row_number(index: int) -> str:
@@ -57,41 +67,66 @@ def series_class(index: int) -> str:
 
 def _speed_and_size(report: Report) -> Chart | None:
     test = decode_test(report)
-    shown = [(index, each) for index, each in enumerate(report.variants) if test and each.speed(test)]
-    if test is None or not shown:
-        return None
-    sizes = [(each.size_bytes or 0) / 1e6 for _, each in shown]
-    tops = [speed.mean + (speed.stddev or 0) for _, each in shown if (speed := each.speed(test))]
     numbered = has_numbers(report)
-    x = linear_scale(0, max(sizes) * (1.05 if numbered else 1.25), LEFT, WIDTH - RIGHT)
-    y = linear_scale(0, max(tops), HEIGHT - BOTTOM, TOP)
+    x, y, points = _sizes_and_speeds(report, _ROOM_FOR_NUMBERS if numbered else _ROOM_FOR_NAMES)
+    if test is None or not points:
+        return None
     parts = [*_axes(x, y, "size on disk, MB", f"{test}, tokens/s")]
-    labels = []
-    for (index, variant), size in zip(shown, sizes, strict=True):
-        parts += _point(variant, test, index, x.at(size), y)
-        speed = variant.speed(test)
-        labels.append((x.at(size), y.at(speed.mean if speed else 0), variant))
+    for place, index, variant in points:
+        parts += _point(variant, test, index, place.x, y)
     if numbered:
-        parts += _numbers([Place(x, y) for x, y, _ in labels], [index for index, _ in shown])
+        parts += _numbers([place for place, _, _ in points], [index for _, index, _ in points])
     else:
-        parts += _names(labels)
+        for name in _places_of_names(points):
+            parts.append(_text(name.x, name.y, name.variant.name, name.anchor, "name halo"))
+            words = _quality_words(name.variant)
+            parts.append(_text(name.x, name.y + LINE_HEIGHT - 1, words, name.anchor, "quiet halo"))
     below = "" if numbered else "; below a name, what it costs in quality"
     caption = f"Up and to the left is better. Bars are ± one standard deviation{below}."
     return Chart("Speed against size and quality", caption, _svg(parts, HEIGHT, f"{test} against size"))
 
 
-def _names(labels: Sequence[tuple[float, float, Variant]]) -> list[str]:
-    """Write names beside points, on the side where there is room, none over another or below the axis."""
+def _sizes_and_speeds(report: Report, room: float) -> tuple[Scale, Scale, list[tuple[Place, int, Variant]]]:
+    """Return both axes, the first `room` times as long as the largest size, and where each row's point is."""
+    test = decode_test(report)
+    shown = [
+        (index, each, (each.size_bytes or 0) / 1e6, speed)
+        for index, each in enumerate(report.variants)
+        if test and (speed := each.speed(test))
+    ]
+    x = linear_scale(0, room * max((size for _, _, size, _ in shown), default=1), LEFT, WIDTH - RIGHT)
+    tops = [speed.mean + (speed.stddev or 0) for _, _, _, speed in shown]
+    y = linear_scale(0, max(tops, default=1), HEIGHT - BOTTOM, TOP)
+    return x, y, [(Place(x.at(size), y.at(speed.mean)), index, each) for index, each, size, speed in shown]
+
+
+class _Name(NamedTuple):
+    """Where a row's name stands, its quality below it."""
+
+    x: float
+    y: float
+    anchor: str
+    variant: Variant
+
+
+def _places_of_names(points: Sequence[tuple[Place, int, Variant]]) -> list[_Name]:
+    """Place names beside points, on the side where there is room, those of a side apart and above the axis."""
     middle = WIDTH * 0.6
-    left = [label for label in labels if label[0] <= middle]
-    right = [label for label in labels if label[0] > middle]
-    parts: list[str] = []
+    left = [(place, variant) for place, _, variant in points if place.x <= middle]
+    right = [(place, variant) for place, _, variant in points if place.x > middle]
+    names = []
     for side, anchor, shift in ((left, "start", 10), (right, "end", -10)):
-        heights = column([y for _, y, _ in side], 2 * LINE_HEIGHT + 2, TOP + 10, HEIGHT - BOTTOM - LINE_HEIGHT - 2)
-        for (x, _, variant), y in zip(side, heights, strict=True):
-            parts.append(_text(x + shift, y, variant.name, anchor, "name halo"))
-            parts.append(_text(x + shift, y + LINE_HEIGHT - 1, _quality_words(variant), anchor, "quiet halo"))
-    return parts
+        heights = column(
+            [place.y for place, _ in side], 2 * LINE_HEIGHT + 2, TOP + 10, HEIGHT - BOTTOM - LINE_HEIGHT - 2
+        )
+        names += [_Name(place.x + shift, y, anchor, variant) for (place, variant), y in zip(side, heights, strict=True)]
+    return names
+
+
+def _box_of(name: _Name) -> Box:
+    width = max(_NAME_LETTER * len(name.variant.name), _QUIET_LETTER * len(_quality_words(name.variant)))
+    left = name.x - width if name.anchor == "end" else name.x
+    return Box(left, name.y - LINE_HEIGHT + _HALF_LETTER, left + width, name.y + LINE_HEIGHT)
 
 
 def _numbers(places: Sequence[Place], indices: Sequence[int]) -> list[str]:

@@ -9,10 +9,11 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from html.parser import HTMLParser
+from itertools import combinations
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -316,7 +317,9 @@ def test_the_page_is_whole_and_needs_nothing_else() -> None:
 
 def test_the_charts_of_many_rows_name_them_by_the_numbers_of_the_legend() -> None:
     full, small, broken = REPORT.variants
-    few = replace(REPORT, variants=(broken, full, *(replace(small, name=f"row-{place}") for place in range(5))))
+    speeds = [small.speeds | {"tg128": _speed(100 + 70 * place, new=128)} for place in range(5)]
+    rows = [replace(small, name=f"row-{place}", speeds=each) for place, each in enumerate(speeds)]
+    few = replace(REPORT, variants=(broken, full, *rows))
     many = replace(few, variants=(*few.variants, replace(small, name="row-5")))
     assert ">2 gpt2-fp32<" not in to_html(few)
     assert ">row-4</text>" in to_html(few)
@@ -327,6 +330,41 @@ def test_the_charts_of_many_rows_name_them_by_the_numbers_of_the_legend() -> Non
             len(re.findall(rf"coloured series-\d\"[^>]*>{number}</text>", page)) == 2
         )  # speed against size, and against context
     assert ">row-4</text>" not in page
+
+
+def chart_of_speed_and_size(rows: Sequence[tuple[str, int, float]]) -> str:
+    """Of rows with a name, megabytes and tokens a second."""
+    _, small, _ = REPORT.variants
+    variants = tuple(
+        replace(small, name=name, size_bytes=megabytes * 10**6, speeds={"tg128": _speed(speed, new=128)})
+        for name, megabytes, speed in rows
+    )
+    return to_html(replace(REPORT, variants=variants)).split("<svg", 1)[1].split("</svg>")[0]
+
+
+def test_names_of_rows_stand_beside_their_points() -> None:
+    chart = chart_of_speed_and_size(
+        [("fp32", 498, 50), ("int8", 128, 150), ("int8-cache8", 128, 152), ("int4", 81, 200)]
+    )
+    boxes = []
+    for text in re.findall(r"<text [^>]*halo[^>]*>[^<]*</text>", chart):
+        label = ElementTree.fromstring(text)
+        width = 5 * len(label.text or "")
+        left = float(label.attrib["x"]) - (width if label.attrib["text-anchor"] == "end" else 0)
+        boxes.append((left, left + width, float(label.attrib["y"])))
+    assert len(boxes) == 8
+    for one, other in combinations(boxes, 2):
+        assert one[1] <= other[0] or other[1] <= one[0] or abs(one[2] - other[2]) >= 12
+
+
+def test_rows_whose_names_would_cover_something_have_numbers() -> None:
+    """The names of three rows reach over the name of a row that is nearly as fast, or over its point."""
+    rows = [("storyteller-int4", 5, 2800), ("storyteller-int8", 8, 2000), ("storyteller-int8-cache8", 8, 1900)]
+    assert "halo" in chart_of_speed_and_size([*rows, ("storyteller-fp32", 60, 300)])
+    for megabytes in (28, 18):
+        chart = chart_of_speed_and_size([*rows, ("storyteller-fp32", megabytes, 1800)])
+        assert "halo" not in chart
+        assert re.findall(r"coloured series-\d\"[^>]*>(\d)</text>", chart) == ["1", "2", "3", "4"]
 
 
 @pytest.mark.skipif(not any(map(shutil.which, BROWSERS)), reason="no Chromium is installed")
