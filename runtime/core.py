@@ -118,7 +118,7 @@ class ModelCore:
         if isinstance(text, bytes | bytearray):
             raise PromptError(f"the prompt is {_describe(text)}: decode it to text first, or give a list of token ids")
         try:
-            given = list(text)
+            given = text.tolist() if isinstance(text, np.ndarray) and text.ndim else list(text)
         except TypeError as error:
             raise PromptError(f"the prompt is {_describe(text)}: give text or a list of token ids") from error
         vocabulary_size = self.manifest.architecture.vocabulary_size
