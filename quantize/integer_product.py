@@ -98,7 +98,6 @@ def fixed_integer_product(
     steps: npt.NDArray[np.int8],
     scales: npt.NDArray[np.float32],
     bias: npt.NDArray[np.float32],
-    stored: Value | None = None,
 ) -> Value:
     """Make the nodes that compute the same with one rounding for all rows.
 
@@ -110,7 +109,6 @@ def fixed_integer_product(
         steps: As in `integer_product`.
         scales: As there.
         bias: As there.
-        stored: As there.
 
     Returns:
         Shape [rows, outputs].
@@ -119,7 +117,7 @@ def fixed_integer_product(
     zero = constant(graph, f"{nodes.name}.input_zero", np.asarray(rounding.zero))
     inputs = [
         nodes.value("QuantizeLinear", [x, step, zero]),
-        stored or constant(graph, f"{nodes.name}.quantized", np.ascontiguousarray(steps.T)),
+        constant(graph, f"{nodes.name}.quantized", np.ascontiguousarray(steps.T)),
         step,
         constant(graph, f"{nodes.name}.scales", scales[:, 0]),
         zero,

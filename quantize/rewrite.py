@@ -218,12 +218,13 @@ class _Rewriter:
             rounding = None if is_head else self._fixed_rounding(layer)
             if rounding is not None:
                 self._rounded_alike.add(name)
-            stored = None
-            if is_table:
-                self._row_tables[name] = store_rows(self._graph, name, steps, scales, column_scales)
-                stored = transposed(nodes, self._row_tables[name])
             bias = layer.bias_beside(steps * scales)
-            output = self._integer_product(nodes, layer.x, rounding, steps, scales, bias, stored)
+            if is_table:
+                table = self._row_tables[name] = store_rows(self._graph, name, steps, scales, column_scales)
+                weights = transposed(nodes, table)
+                output = integer_product(self._graph, nodes, layer.x, steps, scales, bias, weights)
+            else:
+                output = self._integer_product(nodes, layer.x, rounding, steps, scales, bias)
             self._graph.insert_before(before, nodes.nodes)
             return output
         tables = [self._rounded(*part, layer.hessian) for part in _rows_of(layer.matrix, formats)]
@@ -256,11 +257,10 @@ class _Rewriter:
         steps: npt.NDArray[np.int8],
         scales: npt.NDArray[np.float32],
         bias: npt.NDArray[np.float32],
-        stored: Value | None = None,
     ) -> Value:
         if rounding is None:
-            return integer_product(self._graph, nodes, x, steps, scales, bias, stored)
-        return fixed_integer_product(self._graph, nodes, x, rounding, steps, scales, bias, stored)
+            return integer_product(self._graph, nodes, x, steps, scales, bias)
+        return fixed_integer_product(self._graph, nodes, x, rounding, steps, scales, bias)
 
     def _rounded(self, matrix: FloatArray, matrix_format: MatrixFormat, hessian: Hessian | None) -> BlockwiseMatrix:
         if matrix_format.block_size is None:
