@@ -81,7 +81,7 @@ def bytes_touched_per_token(manifest: Manifest, depth: float) -> int:
     if not shape.tied_head:
         share = shape.vocabulary_size * shape.width / parameters(manifest)
         unread += int(share * weights_bytes(manifest))
-    if recipe.get("prompt") is not None:
+    if manifest.has_prompt_matrices:
         unread += _block_matrices(shape)  # a byte for each weight of those that are for prompts
     # ONNX Runtime makes float32 of the scales as it loads them.
     widened = (_BYTES_OF_FLOAT - stored_bytes_of_float) * _scales(recipe, shape) if stored_bytes_of_float < 4 else 0

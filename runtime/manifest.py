@@ -119,14 +119,17 @@ class Manifest:
         return 2 * CACHE_NUMBER_BYTES[self.cache_precision] * shape.layers * shape.heads * shape.head_size
 
     @property
+    def has_prompt_matrices(self) -> bool:
+        """Whether the graph has other matrices for prompts than for decoding."""
+        return self.recipe is not None and self.recipe.get("prompt") is not None
+
+    @property
     def decodes_as_it_prefills(self) -> bool:
         """Whether tokens that come one by one get the same logits as at once, but for the last digits.
 
-        Keys and values that a cache rounds are unrounded for tokens that are computed together, and a recipe may have
-        other matrices for prompts.
+        Keys and values that a cache rounds are unrounded for tokens that are computed together.
         """
-        prompt = None if self.recipe is None else self.recipe.get("prompt")
-        return self.cache_precision != "int8" and prompt is None
+        return self.cache_precision != "int8" and not self.has_prompt_matrices
 
 
 def parse_manifest(text: str) -> Manifest:

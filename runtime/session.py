@@ -336,6 +336,10 @@ def create_session(folder: ModelFolder, threads: int, inspect: Callable[[Graph],
     options.log_severity_level = 4  # what fails is raised; an app's standard error is not ours to fill
     # Threads that wait busily between two tokens save a fifth of the time; longer would only heat an idle app.
     options.add_session_config_entry("session.intra_op.spin_duration_us", _SPIN_MICROSECONDS)
+    if not folder.manifest.has_prompt_matrices:
+        # Several matrices are packed at once, a thread each. In branches, which are packed one by one and have a matrix
+        # each, this would only keep the threads from sharing it.
+        options.add_session_config_entry("session.prepack.enable_parallel", "1")
     if folder.manifest.precision == "int8" and products_saturate():
         # Elsewhere it would only take the fastest kernels away.
         options.add_session_config_entry("session.x64quantprecision", "1")
