@@ -4,7 +4,7 @@ import argparse
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Final
@@ -16,6 +16,7 @@ from gpt2_edge.commands.repl_settings import OPTION_NAMES, Settings
 from gpt2_edge.errors import ContextLengthError, Gpt2EdgeError, OptionError, SessionError
 from gpt2_edge.interrupt import is_terminated
 from gpt2_edge.results import NextToken
+from gpt2_edge.seal import write_file
 
 if TYPE_CHECKING:
     from gpt2_edge.commands.repl_story import Story
@@ -244,13 +245,10 @@ class Repl:
             return
         path = _path(argument)
         try:
-            with path.open("x", encoding="utf-8", newline="\n") as file:
-                file.write(self._story.text + "\n")
-        except FileExistsError as error:
-            raise SessionError(f"{path} exists: give another name") from error
+            if path.exists():
+                raise SessionError(f"{path} exists: give another name")
+            write_file(path, [(self._story.text + "\n").encode()])
         except OSError as error:
-            with suppress(OSError):  # half a text is none
-                path.unlink()
             raise SessionError(f"cannot write {path}: {error.strerror or error}") from error
         self._screen.note(f"wrote the text to {path}")
 
