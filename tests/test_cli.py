@@ -92,6 +92,11 @@ def test_invalid_utf8_is_one_line_that_says_where(storyteller_int8: Path) -> Non
         ),
         (["--seed", "-1"], "seed is -1: give an integer from 0 to 18446744073709551615"),
         (["-n", "0"], "n is 0: give an integer, 1 or more"),
+        (
+            ["-n", "3", "--min-new-tokens", "2"],
+            "-n 3 would give the same text 3 times, because the choice of tokens is greedy: "
+            "give --temperature or another option that draws, or leave -n out",
+        ),
         (["--logprobs", "3"], "--logprobs is shown with --json only: give both"),
         (["--threads", "0"], "threads is 0: give an integer from 1 to 1024"),
         (["--device", "gpu"], "device is 'gpu': give 'cpu', 'cuda', 'cuda:1' (the second GPU) or 'auto'"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from gpt2_edge.commands.arguments import add_model_arguments, add_prompt_argument, read_prompt
 from gpt2_edge.errors import OptionError
-from gpt2_edge.options import OptionKeywords
+from gpt2_edge.options import OptionKeywords, make_options
 from gpt2_edge.results import Generation
 
 
@@ -60,6 +60,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise OptionError("--logprobs is shown with --json only: give both")
     prompt = read_prompt(arguments.prompt)
     options = _options(arguments)
+    if (arguments.n or 1) > 1 and make_options(options).effective_temperature == 0:
+        raise OptionError(
+            f"-n {arguments.n} would give the same text {arguments.n} times, because the choice of tokens is greedy: "
+            "give --temperature or another option that draws, or leave -n out"
+        )
     with load(arguments.folder, device=arguments.device, threads=arguments.threads) as model:
         if arguments.json:
             samples = model.generate(prompt, n=arguments.n or 1, **options)
