@@ -18,6 +18,8 @@ from gpt2_edge.tokenizer import Tokenizer
 # storyteller's logits as `int8` were off by up to 1.8 % of their spread; without any rounding of activations they are
 # 2.0 to 2.3 % off, and where integer products saturate 6.7 to 9 %.
 _LEAST_TOLERANCE: Final = 0.02
+_LARGEST_TOLERANCE: Final = 0.5  # logits that are all 0 are off by 1
+_TOKEN_STRIDE: Final = 7919
 
 
 def golden_logits(graph: Path, tokenizer: Tokenizer, architecture: Architecture) -> Golden:
@@ -32,6 +34,8 @@ def golden_logits(graph: Path, tokenizer: Tokenizer, architecture: Architecture)
         QuantizationError: The graph has an operator that the reference does not know.
     """
     tokens = [token for token in tokenizer.encode(held_out_text()) if token < architecture.vocabulary_size]
+    if not tokens:  # a vocabulary that has no letters
+        tokens = [place * _TOKEN_STRIDE % architecture.vocabulary_size for place in range(GOLDEN_TOKENS)]
     tokens = tokens[: min(GOLDEN_TOKENS, architecture.context_length)]
     try:
         model = onnx.load(graph)
@@ -47,4 +51,5 @@ def _golden(model: onnx.ModelProto, architecture: Architecture, tokens: list[int
     golden = make_golden(tokens, reference_logits(model, architecture, tokens), _LEAST_TOLERANCE)
     # Kernels round activations each in its own way, or not at all: all of that is right.
     exact = reference_logits(model, architecture, tokens, round_activations=False)
-    return replace(golden, tolerance=max(_LEAST_TOLERANCE, 2 * golden.difference(exact)))
+    tolerance = min(max(_LEAST_TOLERANCE, 2 * golden.difference(exact)), _LARGEST_TOLERANCE)
+    return replace(golden, tolerance=tolerance)

@@ -42,8 +42,8 @@ def remember(folder: ModelFolder) -> None:
             known.pop(_key(content), None)  # the newest come last
             known[_key(content)] = _record(content, entry)
     newest = dict(list(known.items())[-_MOST_ENTRIES:])
-    path = memory_path()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, RuntimeError):  # may not be written to; no home
+        path = memory_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, [json.dumps(newest).encode()])
 

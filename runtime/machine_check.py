@@ -8,6 +8,7 @@ integer products saturate is further off.
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final, NamedTuple
 
@@ -149,7 +150,8 @@ def read_golden(folder: ModelFolder) -> Golden:
     """
     if GOLDEN_NAME not in {entry.name for entry in folder.manifest.files}:
         raise ModelFolderError(
-            f"{folder.path} has no {GOLDEN_NAME}, with which this machine could be checked: quantize the model again"
+            f"{folder.path} has no {GOLDEN_NAME}, with which this machine could be checked: "
+            + ("quantize the model again" if folder.manifest.recipe is not None else "only quantized folders have one")
         )
     shape = folder.manifest.architecture
     return parse_golden(folder.content(GOLDEN_NAME).read(), shape.vocabulary_size, shape.context_length)
@@ -162,12 +164,13 @@ def ensure_machine(model: Model, golden: Golden) -> None:
         MachineError: It computes the model wrongly.
     """
     key = repr((model.manifest.content_sha256, onnxruntime.__version__, model.device, describe_processor()))
-    path = cache_folder() / "machine-checks" / hashlib.sha256(key.encode()).hexdigest()
-    if path.exists():
-        return
+    path = None
+    with suppress(OSError, RuntimeError):  # a cache folder that may not be entered; no home
+        path = cache_folder() / "machine-checks" / hashlib.sha256(key.encode()).hexdigest()
+        if path.exists():
+            return
     check_machine(model, golden)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError:  # a home folder that cannot be written to: the check is made again the next time
-        return
+    if path is not None:
+        with suppress(OSError):  # nor written to: the check is made again the next time
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()

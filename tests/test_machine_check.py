@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -13,14 +13,16 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import gpt2_edge
-from gpt2_edge import MachineError, ModelFolderError, machine_check
+from gpt2_edge import MachineError, ModelFolderError, known_hashes, machine_check
 from gpt2_edge.cli import main
 from gpt2_edge.folder import open_folder
 from gpt2_edge.machine_check import Golden, check_machine, make_golden, parse_golden, read_golden
 from gpt2_edge.processor import describe_processor
+from gpt2_edge.quantize.golden import golden_logits
 from gpt2_edge.quantize.reference import MatMulIntegerToFloat, reference_logits
 from gpt2_edge.saturation import products_saturate
 from gpt2_edge.seal import write_manifest
+from gpt2_edge.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +155,7 @@ def test_verify_machine(storyteller_int8: Path, storyteller_fp32: Path, capsys: 
     assert main(["verify", str(storyteller_fp32), "--machine"]) == 1
     refusal = capsys.readouterr().err
     assert "has no golden.json" in refusal
+    assert "only quantized folders have one" in refusal
     assert refusal.count("\n") == 1
 
 
@@ -199,6 +202,33 @@ def test_a_refusal_at_load_is_not_remembered(storyteller_int8: Path, cache: Path
     with pytest.raises(MachineError, match="computes the model wrongly"):
         gpt2_edge.load(folder, verify_machine=True)
     assert not cache.exists()
+
+
+def test_a_check_without_a_home_is_made_and_not_remembered(
+    storyteller_int8: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    checks: list[Golden] = []
+    monkeypatch.setattr(machine_check, "cache_folder", no_home)
+    monkeypatch.setattr(known_hashes, "cache_folder", no_home)
+    monkeypatch.setattr(machine_check, "check_machine", lambda _, golden: checks.append(golden))
+    for _ in range(2):
+        gpt2_edge.load(storyteller_int8, verify_machine=True, verify_hashes="changed").close()
+    assert len(checks) == 2
+
+
+def test_a_vocabulary_that_has_no_letters_has_golden_logits(storyteller_int8: Path) -> None:
+    class NoLetters:
+        def encode(self, text: str) -> list[int]:
+            return []
+
+    architecture = open_folder(storyteller_int8).manifest.architecture
+    golden = golden_logits(storyteller_int8 / "model.onnx", cast(Tokenizer, NoLetters()), architecture)
+    assert len(set(golden.tokens)) == machine_check.GOLDEN_TOKENS
+    with gpt2_edge.load(storyteller_int8) as model:
+        check_machine(model, golden)
 
 
 def test_products_saturate_where_there_is_no_vnni() -> None:
