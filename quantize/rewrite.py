@@ -211,7 +211,7 @@ class _Rewriter:
             layer.hessian = self._calibration.hessian(layer.x, self._calibration.mean(layer.x))
             if not is_table:
                 compensate(layer, layer.hessian, self._calibration, self._original)
-        column_scales = centre(self._graph, layer, self._calibration, equalize, exact)
+        column_scales = centre(self._graph, layer, self._calibration, equalize, exact, is_table=is_table)
         nodes = NewNodes(name)
         if first_format.block_size is None:
             steps, scales = round_matrix(layer.matrix, first_format, None)

@@ -10,11 +10,11 @@ import onnx_ir
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper
-from quantized_graphs import only_consumer, scales_of
+from quantized_graphs import altered, only_consumer, scales_of, set_weight, weight
 
 from gpt2_edge.export import export_checkpoint
 from gpt2_edge.folder import open_folder
-from gpt2_edge.quantize import rewrite, rounding
+from gpt2_edge.quantize import quantize_folder, rewrite, rounding
 from gpt2_edge.quantize.blockwise import BlockwiseMatrix
 from gpt2_edge.quantize.calibration import CalibrationRun
 from gpt2_edge.quantize.centring import LinearLayer, centre
@@ -322,3 +322,15 @@ def test_mean_logits_survive_a_coarse_rounding(recipe: str, folder: Path, monkey
     # Rounding of activations has no mean to speak of; that of the matrix has none at all.
     assert np.abs(error.mean(axis=0)).max() < 0.03 * error.std()
     assert error.std() > 0.1
+
+
+def test_a_channel_that_the_last_normalization_stops_is_kept_in_the_embedding(folder: Path, tmp_path: Path) -> None:
+    def stop(model: onnx_ir.Model) -> None:
+        for name in ("ln_f.weight", "ln_f.bias"):
+            array = weight(model, name).copy()
+            array[0] = 0
+            set_weight(model, name, array)
+
+    quantize_folder(altered(folder, tmp_path / "fp32", stop), tmp_path / "int8")
+    integers = np.abs(weight(loaded(tmp_path / "int8"), "wte.weight.quantized")[:, 0].astype(int))
+    assert integers.max() > 16
