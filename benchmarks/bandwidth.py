@@ -78,11 +78,12 @@ def bytes_touched_per_token(manifest: Manifest, depth: float) -> int:
     recipe = manifest.recipe or {}
     stored_bytes_of_float = int(recipe.get("float_bits", 32)) // 8
     unread = stored_bytes_of_float * shape.context_length * shape.width
+    # A byte for each weight of those that are for prompts.
+    for_prompts = _block_matrices(shape) if manifest.has_prompt_matrices else 0
     if not shape.tied_head:
         share = shape.vocabulary_size * shape.width / parameters(manifest)
-        unread += int(share * weights_bytes(manifest))
-    if manifest.has_prompt_matrices:
-        unread += _block_matrices(shape)  # a byte for each weight of those that are for prompts
+        unread += int(share * (weights_bytes(manifest) - for_prompts))
+    unread += for_prompts
     # ONNX Runtime makes float32 of the scales as it loads them.
     widened = (_BYTES_OF_FLOAT - stored_bytes_of_float) * _scales(recipe, shape) if stored_bytes_of_float < 4 else 0
     return max(1, weights_bytes(manifest) - unread + widened) + int(manifest.cache_bytes_per_token * depth)

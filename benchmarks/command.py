@@ -17,6 +17,7 @@ FORMATS: Final = ("table", "md", "csv", "json", "jsonl", "html")
 _QUICK_REPETITIONS: Final = 3
 _QUICK_QUALITY_TOKENS: Final = 1024
 _QUALITY_TOKENS: Final = 4096
+_MOST_COUNTS = 1000
 _RANGE = re.compile(r"(\d+)-(\d+)(?:([+*])(\d+))?")
 
 
@@ -71,6 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
             f"measuring needs {error.name}, which is not installed: run pip install 'gpt2-edge[cpu,bench]'"
         ) from error
     earlier = None if arguments.compare is None else _read_report(arguments.compare)
+    for path in (arguments.output, arguments.plot):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise OptionError(f"cannot write {path}: there is no folder {path.parent}")  # before long work starts
     if arguments.plot is not None:
         check_plot(arguments.plot)
     settings = settings_from(arguments)
@@ -142,7 +146,11 @@ def _counts(text: str) -> tuple[int, ...]:
         operator, step = matched[3] or "+", int(matched[4] or 1)
         if step < (2 if operator == "*" else 1) or (operator == "*" and value < 1):
             raise argparse.ArgumentTypeError(f"{part!r} never ends: the step is too small")
+        if value > last:
+            raise argparse.ArgumentTypeError(f"{part!r} has no numbers: give the smaller one first")
         while value <= last:
+            if len(counts) == _MOST_COUNTS:
+                raise argparse.ArgumentTypeError(f"{part!r} has over {_MOST_COUNTS} numbers: give a larger step")
             counts.append(value)
             value = value + step if operator == "+" else value * step
     return tuple(dict.fromkeys(counts))

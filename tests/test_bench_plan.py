@@ -78,7 +78,7 @@ def test_lists_and_ranges(text: str, counts: tuple[int, ...]) -> None:
     assert _counts(text) == counts
 
 
-@pytest.mark.parametrize("text", ["", "a", "1,", "-5", "1-8*1", "1-8+0", "0-8*2"])
+@pytest.mark.parametrize("text", ["", "a", "1,", "-5", "1-8*1", "1-8+0", "0-8*2", "8-4", "1-1000000000"])
 def test_lists_that_are_none(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
         _counts(text)

@@ -135,7 +135,13 @@ def test_bytes_touched_by_a_token_of_the_storyteller() -> None:
     assert bytes_touched_per_token(integers, 100) - bytes_touched_per_token(integers, 0) == 6 * 2 * 256 * 100
     assert manifest.recipe is not None
     twofold = replace(manifest, recipe={**manifest.recipe, "prompt": {"bits": 8}})
-    assert bytes_touched_per_token(manifest, 0) - bytes_touched_per_token(twofold, 0) == 6 * 12 * 256 * 256
+    for_prompts = 6 * 12 * 256 * 256
+    assert bytes_touched_per_token(manifest, 0) - bytes_touched_per_token(twofold, 0) == for_prompts
+    # Of a head that is no embedding, too, the lookup's share is one of what is left without those for prompts.
+    untied = replace(manifest, architecture=replace(manifest.architecture, tied_head=False))
+    smaller = replace(untied, files=(replace(manifest.files[0], name="model.onnx", size_bytes=9_000_000),))
+    larger = replace(untied, files=(replace(smaller.files[0], size_bytes=9_000_000 + for_prompts),))
+    assert bytes_touched_per_token(replace(larger, recipe=twofold.recipe), 0) == bytes_touched_per_token(smaller, 0)
 
 
 def test_scales_that_are_stored_in_16_bits_are_read_in_32() -> None:
