@@ -141,7 +141,7 @@ def choose(candidates: Sequence[Candidate], max_perplexity_increase_percent: flo
     if not good:
         best = min(candidates, key=lambda each: each.perplexity_increase_percent)
         raise QuantizationError(
-            f"no recipe meets the budget of {max_perplexity_increase_percent:+.2f} % perplexity: the closest, "
+            f"no recipe meets the budget of {max_perplexity_increase_percent:+g} % perplexity: the closest, "
             f"{best.recipe.name}, has {best.perplexity_increase_percent:+.2f} %; no folder was written"
         )
     fastest = max(good, key=lambda each: each.decode.mean)

@@ -97,7 +97,7 @@ class CalibrationRun:
             mean: Subtracted from each vector; None for none.
 
         Returns:
-            Shape [width, width], summed in float64.
+            Shape [width, width]: products of each window in float32, summed in float64.
 
         Raises:
             QuantizationError: The model computes numbers that are not finite.

@@ -185,6 +185,10 @@ def _percent(value: str) -> float:
         number = float(value.removesuffix("%")) * (1 if value.endswith("%") else 100)
     except ValueError:
         number = math.nan
+    if not value.endswith("%") and 100 <= number < math.inf:
+        raise argparse.ArgumentTypeError(
+            f"{value!r} would be {number:g} %: write {value}% if that many percent are meant"
+        )
     if not 0 <= number < math.inf:
         raise argparse.ArgumentTypeError(f"{value!r} is not an increase: give one such as 1% or 0.01")
     return number

@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Final
 
-from gpt2_edge.errors import MissingDependencyError, OptionError, QuantizationError
+from gpt2_edge.errors import MissingDependencyError, OptionError, PromptError, QuantizationError
 from gpt2_edge.folder import BUNDLED_MODELS, TOKENIZER_NAME, ModelFolder, open_folder
 from gpt2_edge.machine_check import GOLDEN_NAME
 from gpt2_edge.manifest import Manifest
@@ -21,6 +21,8 @@ from gpt2_edge.version import VERSION
 
 # To fix how inputs are rounded: the storyteller was 0.0029 nats a token off with 1,024, 0.04 with 289, and 1 with 20.
 _FEWEST_CALIBRATION_TOKENS: Final = 1_000
+_FEWEST_TEXT_TOKENS: Final = 32
+_FEWEST_CONTEXT_TOKENS: Final = 4
 
 try:
     import onnx_ir
@@ -41,7 +43,7 @@ def open_source(source: str | Path) -> ModelFolder:
     """Open a model folder that can be quantized, without hashing its files.
 
     Raises:
-        QuantizationError: It is quantized already, or of another flavour.
+        QuantizationError: It is quantized already, of another flavour, or has next to no context.
         ModelFolderError: It cannot be read.
     """
     opened = open_folder(source)
@@ -55,6 +57,11 @@ def open_source(source: str | Path) -> ModelFolder:
         )
     if manifest.precision != "fp32":
         raise QuantizationError(f"{source} is {manifest.precision}: give the fp32 folder that it was made from")
+    if manifest.architecture.context_length < _FEWEST_CONTEXT_TOKENS:
+        raise QuantizationError(
+            f"{source} has a context of {manifest.architecture.context_length} tokens, over which nothing can be "
+            f"measured: export it with at least {_FEWEST_CONTEXT_TOKENS}"
+        )
     return opened
 
 
@@ -91,20 +98,20 @@ def quantize_folder(
     check_destination(destination)
     if cache not in CACHES:
         raise OptionError(f"cache is {cache!r}: give {' or '.join(CACHES)}")
-    if text is not None:
-        read_text(text)  # before long work starts
-    if calibration is not None:
-        read_text(calibration)
+    given = {path: read_text(path) for path in (text, calibration) if path is not None}  # before long work starts
     opened = open_source(source)
     opened.check_hashes()
     manifest = opened.manifest
+    tokenizer = Tokenizer(opened.content(TOKENIZER_NAME))
+    for path, content in given.items():
+        _check_text(path, len(tokenizer.encode(content)))
     with Progress("quantize", total=_matrices(manifest) + 2 + MOST_STEPS) as progress:
         model = read_model(opened)
         check_finite(model)
         progress.start("preparing the calibration text")
         calibrated = choose_calibration_text(calibration, source)
-        if calibration is not None and recipe.fixed_rounding:
-            _check_long_enough(calibrated, recipe)
+        if calibration is not None and (recipe.fixed_rounding or cache == "int8"):
+            _check_long_enough(calibrated, recipe.name if recipe.fixed_rounding else "--cache int8")
         try:
             replaced = _rewrite(model, manifest, recipe, calibrated, cache, progress)
         except ValueError as error:  # onnx refuses weights that are linked to from elsewhere, for example
@@ -134,7 +141,6 @@ def quantize_folder(
             write_manifest(folder, draft)
             measurement = measure_folder(source, folder, text, progress.advance)
             progress.start("computing golden logits")
-            tokenizer = Tokenizer(opened.content(TOKENIZER_NAME))
             golden = golden_logits(folder / graph_name, tokenizer, manifest.architecture)
             (folder / GOLDEN_NAME).write_text(golden.to_json(), encoding="utf-8", newline="\n")
             finished = replace(draft, measured={"quality": measurement.document()})
@@ -144,12 +150,17 @@ def quantize_folder(
     return finished
 
 
-def _check_long_enough(calibrated: CalibrationText, recipe: Recipe) -> None:
+def _check_text(path: Path, tokens: int) -> None:
+    if tokens < _FEWEST_TEXT_TOKENS:
+        raise PromptError(f"the text {path} has {tokens} tokens, which say nothing: give one of some thousand words")
+
+
+def _check_long_enough(calibrated: CalibrationText, needed_by: str) -> None:
     tokens = sum(map(len, calibrated.windows))
     if tokens < _FEWEST_CALIBRATION_TOKENS:
         raise QuantizationError(
-            f"the calibration text {calibrated.title} has {tokens} tokens, and {recipe.name} cuts off what it does not "
-            f"show: give one of at least {_FEWEST_CALIBRATION_TOKENS:,}, or none, or take another recipe"
+            f"the calibration text {calibrated.title} has {tokens} tokens, and {needed_by} cuts off what it does not "
+            f"show: give one of at least {_FEWEST_CALIBRATION_TOKENS:,}, or none, or go without {needed_by}"
         )
 
 

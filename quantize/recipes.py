@@ -109,8 +109,8 @@ _INT4_SMALL: Final = Recipe(
     promotion=Promotion(_gptq(8, 64), first_tokens=0.1),
     float_bits=16,
 )
-# Blocks of at most 64 at 8 bits and 32 at 4 bits: with larger ones the kernel gives a row other bits in a batch than
-# alone.
+# Blocks of at most 64 at 8 bits and, but for the smallest, 32 at 4 bits: with larger ones the kernel gives a row other
+# bits in a batch than alone.
 _ALL: Final = (
     Recipe("int8", "int8", _nearest(8, None), _nearest(8, None), "fast prompts"),
     Recipe(
@@ -146,7 +146,7 @@ _ALL: Final = (
     replace(
         _INT4_SMALL,
         name="int4-fast",
-        note="the fastest: int4-small, with matrices like those of int8-fast for prompts",
+        note="fast at both: int4-small for decoding, matrices like those of int8-fast for prompts",
         prompt=_nearest(7, None),
         fixed_rounding=True,
     ),

@@ -49,7 +49,7 @@ def reference_logits(
         "logit_positions": np.arange(count, dtype=np.int64),
         **dict.fromkeys(past, cache),
     }
-    rounding: list[Any] = [MatMulNBits, DynamicQuantizeMatMul, GroupQueryAttention]
+    rounding: list[Any] = [MatMulNBits, GroupQueryAttention]
     if not round_activations:
         rounding = [type(each.__name__, (each,), {"rounds_activations": False}) for each in rounding]
         rounding.append(QuantizeLinear)
@@ -126,30 +126,6 @@ class MatMulIntegerToFloat(OpRun):
         left = a.astype(np.float64) - (0 if a_zero is None else a_zero.astype(np.float64))
         right = b.astype(np.float64) - (0 if b_zero is None else b_zero.astype(np.float64))
         product = (left @ right).astype(np.float32) * (a_scale * b_scale)
-        return (product if bias is None else product + bias,)
-
-
-class DynamicQuantizeMatMul(OpRun):
-    """x rounded to 256 values between its own limits, all rows alike, times integers."""
-
-    op_domain = _DOMAIN
-    rounds_activations = True
-
-    def _run(
-        self,
-        x: FloatArray,
-        b: npt.NDArray[Any],
-        b_scale: FloatArray,
-        b_zero: npt.NDArray[Any] | None = None,
-        bias: FloatArray | None = None,
-        **_: Any,
-    ) -> tuple[FloatArray]:
-        lowest, highest = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
-        scale = np.float32((highest - lowest) / 255) or np.float32(1)
-        zero = np.clip(np.rint(-lowest / scale), 0, 255)
-        steps = np.clip(np.rint(x / scale) + zero, 0, 255) - zero if self.rounds_activations else x / scale
-        right = b.astype(np.float64) - (0 if b_zero is None else b_zero.astype(np.float64))
-        product = (steps.astype(np.float64) @ right).astype(np.float32) * (scale * b_scale)
         return (product if bias is None else product + bias,)
 
 

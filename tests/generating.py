@@ -47,7 +47,7 @@ def calls_but(*left_out: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("call", [CALLS[name] for name in names], ids=names)
 
 
-def write_words(path: Path, seed: int = 0, count: int = 600) -> Path:
+def write_words(path: Path, seed: int = 0, count: int = 1300) -> Path:
     """Write a text of random words."""
     words = ["the", "king", "said", "to", "his", "daughter", "a", "bird", "came", "and", "sang", "in", "garden", "."]
     path.write_text(" ".join(np.random.default_rng(seed).choice(words, count)), encoding="utf-8")

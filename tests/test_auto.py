@@ -80,7 +80,7 @@ def test_a_difference_beyond_the_spread_counts(recipes: list[Recipe], tiny: Path
 
 
 def test_none_within_the_budget(recipes: list[Recipe], tiny: Path) -> None:
-    with pytest.raises(QuantizationError, match=r"budget of \+0\.10 % .* int8-a, has \+0\.20 %; no folder was written"):
+    with pytest.raises(QuantizationError, match=r"budget of \+0\.1 % .* int8-a, has \+0\.20 %; no folder was written"):
         choose(candidates(recipes, tiny), 0.1)
 
 
@@ -175,7 +175,7 @@ def test_a_source_that_is_quantized_already_is_refused_once(outputs: Path, capsy
     assert list(outputs.iterdir()) == []
 
 
-@pytest.mark.parametrize(("text", "percent"), [("1%", 1.0), ("0.01", 1.0), ("0.5%", 0.5), ("0", 0.0), ("1", 100.0)])
+@pytest.mark.parametrize(("text", "percent"), [("1%", 1.0), ("0.01", 1.0), ("0.5%", 0.5), ("0", 0.0), ("0.99", 99.0)])
 def test_budgets(text: str, percent: float) -> None:
     assert _percent(text) == pytest.approx(percent)
 
@@ -185,6 +185,12 @@ def test_budgets_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) ->
     with pytest.raises(SystemExit):
         main(["quantize", "a", "-o", "b", "--auto", f"--max-perplexity-increase={text}"])
     assert "give one such as 1% or 0.01" in capsys.readouterr().err
+
+
+def test_a_budget_that_is_likely_meant_in_percent(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["quantize", "a", "-o", "b", "--auto", "--max-perplexity-increase=1"])
+    assert "'1' would be 100 %: write 1% if that many percent are meant" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def folder(
         place / "fast",
         "int4",
         recipe="int4-fast",
-        calibration=write_words(place / "words", count=1300),
+        calibration=write_words(place / "words"),
         cache=request.param,
     )
     return place / "fast"

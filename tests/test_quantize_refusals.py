@@ -14,7 +14,7 @@ import onnx_ir
 import pytest
 from quantized_graphs import STORYTELLER, FloatArray, altered, name_of, nodes, only_consumer, set_weight, weight
 
-from gpt2_edge import ModelFolderError, OptionError, QuantizationError
+from gpt2_edge import ModelFolderError, OptionError, PromptError, QuantizationError
 from gpt2_edge.cli import main
 from gpt2_edge.export import export_checkpoint
 from gpt2_edge.folder import open_folder
@@ -60,6 +60,34 @@ def test_weight_that_is_not_finite(name: str, number: float, tiny_fp32: Path, ou
 
     message = refused(altered(tiny_fp32, tmp_path / "source", damage), outputs)
     assert f"{name} holds NaN or infinity" in message
+
+
+def test_next_to_no_context(tiny_fp32: Path, outputs: Path, tmp_path: Path) -> None:
+    def shorten(manifest: Manifest) -> Manifest:
+        return replace(manifest, architecture=replace(manifest.architecture, context_length=3))
+
+    message = refused(altered(tiny_fp32, tmp_path / "source", manifest=shorten), outputs)
+    assert "has a context of 3 tokens" in message
+
+
+@pytest.mark.parametrize("what", ["text", "calibration"])
+def test_a_text_of_a_few_words_is_refused_before_the_work(
+    what: str, tiny_fp32: Path, outputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "quantize_matrices", lambda *_: pytest.fail("it began"))
+    short = tmp_path / "short.txt"
+    short.write_text("Once upon a time")
+    with pytest.raises(PromptError, match=r"the text .*short\.txt has \d tokens"):
+        quantize_folder(tiny_fp32, outputs / "int8", **{what: short})
+    assert list(outputs.iterdir()) == []
+
+
+def test_an_integer_cache_needs_a_longer_calibration_text(tiny_fp32: Path, outputs: Path, tmp_path: Path) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("Once upon a time there was a king. " * 20)
+    with pytest.raises(QuantizationError, match="and --cache int8 cuts off what it does not show"):
+        quantize_folder(tiny_fp32, outputs / "int8", calibration=short, cache="int8")
+    quantize_folder(tiny_fp32, outputs / "int8", calibration=short)
 
 
 def hide_matrix(model: onnx_ir.Model) -> None:
