@@ -12,12 +12,13 @@ from gpt2_edge.benchmarks.report import Report
 from gpt2_edge.errors import MissingDependencyError, OptionError
 from gpt2_edge.interrupt import INTERRUPTED
 from gpt2_edge.progress import Progress
+from gpt2_edge.seal import check_folder_of_file
 
 FORMATS: Final = ("table", "md", "csv", "json", "jsonl", "html")
 _QUICK_REPETITIONS: Final = 3
 _QUICK_QUALITY_TOKENS: Final = 1024
 _QUALITY_TOKENS: Final = 4096
-_MOST_COUNTS = 1000
+_MOST_COUNTS: Final = 1000
 _RANGE = re.compile(r"(\d+)-(\d+)(?:([+*])(\d+))?")
 
 
@@ -73,8 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         ) from error
     earlier = None if arguments.compare is None else _read_report(arguments.compare)
     for path in (arguments.output, arguments.plot):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise OptionError(f"cannot write {path}: there is no folder {path.parent}")  # before long work starts
+        if path is not None:
+            check_folder_of_file(path)
     if arguments.plot is not None:
         check_plot(arguments.plot)
     settings = settings_from(arguments)

@@ -12,7 +12,7 @@ from gpt2_edge.errors import OptionError
 from gpt2_edge.manifest import Manifest
 from gpt2_edge.quality_table import quality_rows
 from gpt2_edge.quantize.recipes import CACHES, RECIPES, Recipe, default_recipe, recipe_named
-from gpt2_edge.seal import write_file
+from gpt2_edge.seal import check_folder_of_file, write_file
 
 if TYPE_CHECKING:
     from gpt2_edge.quantize.auto import Candidate
@@ -159,9 +159,8 @@ def _document(output: Path, manifest: Manifest) -> dict[str, object]:
 
 
 def _check_report(report: str | None) -> None:
-    """Refuse a file that cannot be written, before long work starts."""
-    if report not in (None, "-", _TABLE) and not Path(report).absolute().parent.is_dir():
-        raise OptionError(f"cannot write {report}: there is no folder {Path(report).parent}")
+    if report not in (None, "-", _TABLE):
+        check_folder_of_file(Path(report))
 
 
 def _default_of(recipe: Recipe) -> str:

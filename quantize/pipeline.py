@@ -59,8 +59,8 @@ def open_source(source: str | Path) -> ModelFolder:
         raise QuantizationError(f"{source} is {manifest.precision}: give the fp32 folder that it was made from")
     if manifest.architecture.context_length < _FEWEST_CONTEXT_TOKENS:
         raise QuantizationError(
-            f"{source} has a context of {manifest.architecture.context_length} tokens, over which nothing can be "
-            f"measured: export it with at least {_FEWEST_CONTEXT_TOKENS}"
+            f"{source} has a context of {manifest.architecture.context_length} tokens, too few to measure "
+            f"quality and speed over: export it with at least {_FEWEST_CONTEXT_TOKENS}"
         )
     return opened
 
@@ -123,22 +123,7 @@ def quantize_folder(
             (folder / TOKENIZER_NAME).write_bytes(opened.content(TOKENIZER_NAME).read())
             progress.advance()
             progress.start("comparing with full precision")
-            draft = replace(
-                manifest,
-                precision=recipe.precision,
-                cache_precision=cache,
-                minimum_onnxruntime=MINIMUM_ONNXRUNTIME if cache == "int8" else manifest.minimum_onnxruntime,
-                graphs={"decoder": graph_name},
-                recipe={
-                    **json.loads(json.dumps(asdict(recipe))),  # as it is read again
-                    "calibration": calibrated.title,
-                    "quantized_matrices": len(replaced.formats),
-                    "matrices": dict(replaced.formats),
-                },
-                tools={**manifest.tools, "gpt2-edge": VERSION, "onnx-ir": metadata.version("onnx-ir")},
-                measured={},
-            )
-            write_manifest(folder, draft)
+            draft = write_manifest(folder, _unmeasured(manifest, recipe, calibrated.title, replaced, cache))
             measurement = measure_folder(source, folder, text, progress.advance)
             progress.start("computing golden logits")
             golden = golden_logits(folder / graph_name, tokenizer, manifest.architecture)
@@ -162,6 +147,24 @@ def _check_long_enough(calibrated: CalibrationText, needed_by: str) -> None:
             f"the calibration text {calibrated.title} has {tokens} tokens, and {needed_by} cuts off what it does not "
             f"show: give one of at least {_FEWEST_CALIBRATION_TOKENS:,}, or none, or go without {needed_by}"
         )
+
+
+def _unmeasured(source: Manifest, recipe: Recipe, calibrated_on: str, replaced: Replaced, cache: str) -> Manifest:
+    return replace(
+        source,
+        precision=recipe.precision,
+        cache_precision=cache,
+        minimum_onnxruntime=MINIMUM_ONNXRUNTIME if cache == "int8" else source.minimum_onnxruntime,
+        graphs={"decoder": source.graphs["decoder"]},
+        recipe={
+            **json.loads(json.dumps(asdict(recipe))),  # as it is read again
+            "calibration": calibrated_on,
+            "quantized_matrices": len(replaced.formats),
+            "matrices": dict(replaced.formats),
+        },
+        tools={**source.tools, "gpt2-edge": VERSION, "onnx-ir": metadata.version("onnx-ir")},
+        measured={},
+    )
 
 
 def _rewrite(

@@ -5,6 +5,7 @@ times of its last changes are the same; the time of the last change of the inode
 """
 
 import contextlib
+import errno
 import json
 import os
 import sys
@@ -42,7 +43,7 @@ def remember(folder: ModelFolder) -> None:
             known.pop(_key(content), None)  # the newest come last
             known[_key(content)] = _record(content, entry)
     newest = dict(list(known.items())[-_MOST_ENTRIES:])
-    with contextlib.suppress(OSError, RuntimeError):  # may not be written to; no home
+    with contextlib.suppress(OSError):
         path = memory_path()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_file(path, [json.dumps(newest).encode()])
@@ -54,13 +55,20 @@ def memory_path() -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder of gpt2-edge in the user's cache folder. What lies there may be removed at any time."""
-    if sys.platform == "win32":
-        cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    elif sys.platform == "darwin":
-        cache = Path.home() / "Library" / "Caches"
-    else:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Return the folder of gpt2-edge in the user's cache folder. What lies there may be removed at any time.
+
+    Raises:
+        FileNotFoundError: The user has no home folder, as in some services and containers.
+    """
+    try:
+        if sys.platform == "win32":
+            cache = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        elif sys.platform == "darwin":
+            cache = Path.home() / "Library" / "Caches"
+        else:
+            cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:
+        raise FileNotFoundError(errno.ENOENT, "there is no home folder") from error
     return cache / "gpt2-edge"
 
 
@@ -68,7 +76,7 @@ def _read() -> dict[str, Any]:
     try:
         path = memory_path()
         known = json.loads(path.read_bytes()) if path.stat().st_size <= _LIMIT_BYTES else None
-    except (OSError, ValueError, RecursionError, RuntimeError):  # no such file, no JSON, no home
+    except (OSError, ValueError, RecursionError):  # no such file, no JSON
         return {}
     return known if isinstance(known, dict) else {}
 

@@ -165,7 +165,7 @@ def ensure_machine(model: Model, golden: Golden) -> None:
     """
     key = repr((model.manifest.content_sha256, onnxruntime.__version__, model.device, describe_processor()))
     path = None
-    with suppress(OSError, RuntimeError):  # a cache folder that may not be entered; no home
+    with suppress(OSError):  # no cache folder, or one that may not be entered
         path = cache_folder() / "machine-checks" / hashlib.sha256(key.encode()).hexdigest()
         if path.exists():
             return

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, Final
 
-from gpt2_edge.errors import ModelFolderError
+from gpt2_edge.errors import ModelFolderError, OptionError
 from gpt2_edge.folder import file_sha256
 from gpt2_edge.manifest import MANIFEST_NAME, FileEntry, Manifest
 from gpt2_edge.pack_format import SIGNATURE_NAME
@@ -130,6 +130,16 @@ def write_manifest(folder: Path, manifest: Manifest) -> Manifest:
     manifest = replace(manifest, files=files)
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8", newline="\n")
     return manifest
+
+
+def check_folder_of_file(path: Path) -> None:
+    """Refuse a file that has no folder, before long work starts.
+
+    Raises:
+        OptionError: There is none.
+    """
+    if not path.absolute().parent.is_dir():
+        raise OptionError(f"cannot write {path}: there is no folder {path.parent}")
 
 
 def write_file(path: Path, parts: Iterable[bytes]) -> None:

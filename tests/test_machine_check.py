@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import gpt2_edge
-from gpt2_edge import MachineError, ModelFolderError, known_hashes, machine_check
+from gpt2_edge import MachineError, ModelFolderError, machine_check
 from gpt2_edge.cli import main
 from gpt2_edge.folder import open_folder
 from gpt2_edge.machine_check import Golden, check_machine, make_golden, parse_golden, read_golden
@@ -211,8 +212,9 @@ def test_a_check_without_a_home_is_made_and_not_remembered(
         raise RuntimeError("Could not determine home directory.")
 
     checks: list[Golden] = []
-    monkeypatch.setattr(machine_check, "cache_folder", no_home)
-    monkeypatch.setattr(known_hashes, "cache_folder", no_home)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(machine_check, "check_machine", lambda _, golden: checks.append(golden))
     for _ in range(2):
         gpt2_edge.load(storyteller_int8, verify_machine=True, verify_hashes="changed").close()
